@@ -1,0 +1,63 @@
+"""Softmax cross-entropy of integer targets.
+
+    lse = log Σ_v exp(logits_v)
+    loss = (1 − α)·(lse − logits_target) + α·(lse − mean_v logits_v),   0 where the target is ignored
+    dlogits = dloss·(softmax(logits) − (1 − α)·onehot(target) − α/V)
+
+α is `label_smoothing`. "mean" divides by the number of targets that are not ignored (NaN when there
+is none, as in torch). log(softmax) is never formed.
+
+Shapes: logits (..., V); targets (...) int; loss () or, for reduction "none", (...). dtype float64.
+Source: Szegedy et al. 2015, arXiv:1512.00567, section 7 (smoothing); torch.nn.functional.cross_entropy
+(edges).
+"""
+
+import numpy as np
+
+from ._checks import expect_choice, expect_ids, expect_shape
+from ._rounding import floats
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """loss = lse − logits[target]  ->  loss, cache."""
+    logits = floats(logits)
+    V = logits.shape[-1]
+    expect_shape("cross_entropy", "targets", targets, "(...)", logits.shape[:-1])
+    targets = expect_ids("cross_entropy", "targets", targets, V, "V", also=ignore_index)
+    expect_choice("cross_entropy", "reduction", reduction, REDUCTIONS)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(
+            f"cross_entropy: label_smoothing must lie in 0 … 1, got {label_smoothing}"
+        )
+    alpha = float(label_smoothing)
+    kept = targets != ignore_index
+    index = np.where(kept, targets, 0)[..., None]
+
+    with np.errstate(invalid="ignore"):
+        m = logits.max(-1, keepdims=True)
+        e = np.exp(logits - np.where(np.isneginf(m), 0.0, m))
+        total = e.sum(-1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            lse = np.where(np.isneginf(m), 0.0, m) + np.log(total)
+        loss = (1 - alpha) * (lse - np.take_along_axis(logits, index, -1))[..., 0]
+        if alpha:
+            loss = loss + alpha * (lse - logits.mean(-1, keepdims=True))[..., 0]
+        loss = np.where(kept, loss, 0.0)
+        count = np.float64(kept.sum()) if reduction == "mean" else 1.0
+        if reduction != "none":
+            loss = loss.sum() / count
+        p = e / total
+    return loss, (p, index, kept, count, alpha)
+
+
+def cross_entropy_backward(dloss, cache):
+    """-> dlogits."""
+    p, index, kept, count, alpha = cache
+    dloss = floats(dloss)
+    target = np.zeros(p.shape)
+    np.put_along_axis(target, index, 1 - alpha, -1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rows = np.broadcast_to(dloss / count, kept.shape)[..., None]
+        return (np.where(kept[..., None], rows * (p - target - alpha / p.shape[-1]), 0.0),)
