@@ -17,7 +17,7 @@ arXiv:2205.14135, appendix B.
 import numpy as np
 
 from ._checks import expect_choice, expect_shape
-from ._rounding import floats, stored
+from ._rounding import floats, rescaled, stored
 
 
 def _visible_keys(Tq, Tk, causal=False, align="bottom_right"):
@@ -48,14 +48,14 @@ def attention(
     k = np.where(seen, k, 0.0)
     v = np.where(seen, v, 0.0)
 
-    s = np.where(visible, scale * (q @ k.swapaxes(-1, -2)), -np.inf)
+    s = np.where(visible, rescaled(scale * (q @ k.swapaxes(-1, -2))), -np.inf)
     m = np.where(sees, s.max(-1, keepdims=True), 0.0)
-    e = np.exp(s - m)
-    total = e.sum(-1, keepdims=True)
-    p = e / np.where(sees, total, 1.0)
-    o = stored(stored(p, unit=total) @ v)
+    total = np.exp(s - m).sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
-        lse = (m + np.log(total))[..., 0]
+        lse = m + np.log(total)
+    p = np.exp(s - rescaled(np.where(sees, lse, 0.0)))
+    o = stored(stored(p, unit=total) @ v)
+    lse = lse[..., 0]
     cache = (q, k, v, o, p, total, sees, scale, return_lse)
     return ((o, lse) if return_lse else o), cache
 

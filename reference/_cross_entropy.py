@@ -38,9 +38,8 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
     with np.errstate(invalid="ignore"):
         m = logits.max(-1, keepdims=True)
         e = np.exp(logits - np.where(np.isneginf(m), 0.0, m))
-        total = e.sum(-1, keepdims=True)
         with np.errstate(divide="ignore"):
-            lse = np.where(np.isneginf(m), 0.0, m) + np.log(total)
+            lse = np.where(np.isneginf(m), 0.0, m) + np.log(e.sum(-1, keepdims=True))
         loss = (1 - alpha) * (lse - np.take_along_axis(logits, index, -1))[..., 0]
         if alpha:
             loss = loss + alpha * (lse - logits.mean(-1, keepdims=True))[..., 0]
@@ -48,7 +47,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
         count = np.float64(kept.sum()) if reduction == "mean" else 1.0
         if reduction != "none":
             loss = loss.sum() / count
-        p = e / total
+        p = np.exp(logits - lse)
     return loss, (p, index, kept, count, alpha)
 
 

@@ -15,7 +15,7 @@ LeVeque 1983.
 import numpy as np
 
 from ._checks import expect_shape
-from ._rounding import floats
+from ._rounding import floats, refinement
 
 
 def layer_norm(x, w, b, eps=1e-5):
@@ -24,7 +24,7 @@ def layer_norm(x, w, b, eps=1e-5):
     expect_shape("layer_norm", "w", w, "(C,)", x.shape[-1:])
     expect_shape("layer_norm", "b", b, "(C,)", x.shape[-1:])
     centred = x - x.mean(-1, keepdims=True)
-    centred = centred - centred.mean(-1, keepdims=True)
+    centred = centred - refinement(centred.mean(-1, keepdims=True))
     rstd = 1 / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps)
     xhat = centred * rstd
     return w * xhat + b, (xhat, rstd, w)

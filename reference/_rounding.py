@@ -13,28 +13,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import erf
 
 _LOG2E = np.float32(np.log2(np.e))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arithmetic:
     """One legal way to compute: where values are rounded, and in which order sums are taken.
 
     storage: dtype that intermediates are stored in (float32, float16, bfloat16, ...).
-    chunk:   length of the partial sums, which are then added one after the other; 0 leaves the
-             order to NumPy (pairwise sums, BLAS products).
-    reverse: partial sums are added from the far end.
-    stores:  "wide" keeps `stored` values in float32, "plain" rounds them, "scaled" rounds them in
-             the unit the formula names (softmax weights before they are normalised).
-    exp2:    exp(x) is taken as 2^(x log2 e), tanh through exp.
+    chunk:   length of the partial sums, which are then added one after the other; the terms come
+             in a random order. 0 leaves the order to NumPy (pairwise sums, BLAS products).
+    stores:  which of the formula's `stored` values are rounded, by the order in which they come:
+             the first where stores[0], the second where stores[1], and round again.
+    unit:    rounding happens in this unit, round(x·unit)/unit. Kernels fold scales and log2(e) into
+             their operands or not, so each unit is one legal draw of the rounding errors.
+    roads:   elementary functions take the other common road: exp(x) as 2^(x log2 e), tanh through
+             exp, erf by a rational function; corrections that a kernel may leave out are left out.
     """
 
     storage: np.dtype
     chunk: int = 0
-    reverse: bool = False
-    stores: str = "plain"
-    exp2: bool = False
+    stores: tuple[bool, ...] = (True,)
+    unit: float = 1.0
+    roads: bool = False
+
+    def __post_init__(self):
+        self._marks = 0
+        self._orders = np.random.default_rng(int(self.unit * 100))
 
     def array(self, values):
         """The values as an array that computes under this arithmetic."""
@@ -43,22 +50,28 @@ class Arithmetic:
         return out
 
     def round(self, x):
-        """The nearest values of the storage dtype, in float32."""
+        """The nearest values of the storage dtype in this arithmetic's unit, in float32."""
+        unit = np.float32(self.unit)
         with np.errstate(over="ignore"):
-            return np.asarray(x).astype(self.storage).astype(np.float32)
+            return (np.asarray(x) * unit).astype(self.storage).astype(np.float32) / unit
 
-    def chunks(self, length):
-        """The slices that partial sums run over, in the order in which they are added."""
+    def rounds_next(self):
+        """Whether the formula's next `stored` value is rounded."""
+        self._marks += 1
+        return self.stores[(self._marks - 1) % len(self.stores)]
+
+    def parts(self, length):
+        """The indices of the partial sums, in the order in which they are added."""
         # more than 256 links in the chain change the error little and cost Python time
         step = max(self.chunk, -(-length // 256))
-        starts = range(0, length, step)
-        return [slice(s, s + step) for s in (reversed(starts) if self.reverse else starts)]
+        order = self._orders.permutation(length)
+        return [order[start : start + step] for start in range(0, length, step)]
 
     def matmul(self, a, b):
-        if not self.chunk or a.shape[-1] <= self.chunk or a.ndim < 2 or b.ndim < 2:
+        if not self.chunk or a.shape[-1] == 0 or a.ndim < 2 or b.ndim < 2:
             return np.matmul(a, b)
         total = None
-        for part in self.chunks(a.shape[-1]):
+        for part in self.parts(a.shape[-1]):
             product = np.matmul(a[..., part], b[..., part, :])
             total = product if total is None else total + product
         return total
@@ -70,18 +83,20 @@ class Arithmetic:
         rest = [a for a in range(x.ndim) if a not in axes]
         columns = x.transpose(*axes, *rest).reshape(-1, *(x.shape[a] for a in rest))
         total = np.zeros(columns.shape[1:], np.float32)
-        for part in self.chunks(len(columns)):
+        for part in self.parts(len(columns)):
             total = total + np.add.reduce(columns[part], axis=0)
         return np.expand_dims(total, tuple(axes)) if keepdims else total
 
     def apply(self, ufunc, *inputs, **options):
         """A ufunc, with the elementary functions that kernels take another road to."""
-        if self.exp2 and not options:
+        if self.roads and not options:
             if ufunc is np.exp:
                 return np.exp2(inputs[0] * _LOG2E)
             if ufunc is np.tanh:
                 e = np.exp2(np.float32(-2) * _LOG2E * np.abs(inputs[0]))
                 return np.copysign((1 - e) / (1 + e), inputs[0])
+            if ufunc is erf:
+                return _erf_by_rational(inputs[0])
         return ufunc(*inputs, **options)
 
 
@@ -130,6 +145,15 @@ def _tracked(result, arithmetic):
     return result
 
 
+def _erf_by_rational(x):
+    """erf to 1.5e-7. Source: Abramowitz and Stegun 1964, formula 7.1.26."""
+    t = 1 / (1 + 0.3275911 * np.abs(x))
+    series = 0.0
+    for a in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = (series + a) * t
+    return np.copysign(1 - series * np.exp2(-x * x * _LOG2E), x)
+
+
 def floats(*arrays):
     """The arrays in the arithmetic they bring: float64, or `Rounded` as it is. None passes."""
     out = tuple(
@@ -145,12 +169,17 @@ def stored(x, unit=None):
     With `unit`, x·unit is what may be rounded instead of x: softmax weights before they are
     divided by their sum.
     """
-    if not isinstance(x, Rounded):
+    if not isinstance(x, Rounded) or not x.arithmetic.rounds_next():
         return x
-    arithmetic = x.arithmetic
-    if arithmetic.stores == "wide":
-        return x
-    if unit is not None and arithmetic.stores == "scaled":
-        safe = np.where(unit == 0, np.float32(1), unit)
-        return arithmetic.array(arithmetic.round(_plain(x * safe))) / safe
-    return arithmetic.array(arithmetic.round(_plain(x)))
+    unit = 1.0 if unit is None else _plain(np.where(unit == 0, 1.0, unit))
+    return x.arithmetic.array(x.arithmetic.round(_plain(x) * unit) / unit)
+
+
+def rescaled(x):
+    """Mark a float32 value that a kernel may keep in another unit, as with log2(e) folded in."""
+    return x * np.float32(x.arithmetic.unit) / x.arithmetic.unit if isinstance(x, Rounded) else x
+
+
+def refinement(x):
+    """Mark a correction that is 0 in exact arithmetic, so that a kernel may leave it out."""
+    return x * 0 if isinstance(x, Rounded) and x.arithmetic.roads else x

@@ -33,15 +33,22 @@ DTYPES = {
 
 
 def legal_arithmetics(storage):
-    """The legal computations that span the yardstick: order of sums, roundings, elementary functions."""
-    return (
-        Arithmetic(storage),
-        Arithmetic(storage, chunk=1, stores="scaled", exp2=True),
-        Arithmetic(storage, chunk=8, stores="wide"),
-        Arithmetic(storage, chunk=16, reverse=True),
-        Arithmetic(storage, chunk=32, stores="wide", exp2=True),
-        Arithmetic(storage, chunk=64, reverse=True, stores="scaled"),
+    """The legal computations that span the yardstick: order of sums, roundings, functions."""
+    runs = (
+        dict(),
+        dict(chunk=1, unit=1.19, roads=True),
+        dict(chunk=8, stores=(False,)),
+        dict(chunk=16, unit=1.41, roads=True),
+        dict(chunk=32, stores=(True, False), roads=True),
+        dict(chunk=64, unit=1.68, stores=(False, True)),
+        dict(chunk=16, unit=1.09, stores=(True, True, False), roads=True),
+        dict(chunk=128, unit=1.83, stores=(False, True, True)),
+        dict(chunk=1, unit=1.54, roads=True),
+        dict(chunk=24, unit=1.27, stores=(True, False, False)),
+        dict(chunk=4, unit=1.97, roads=True),
+        dict(chunk=48, unit=1.13, stores=(True, False, True)),
     )
+    return [Arithmetic(storage, **run) for run in runs]
 
 
 def evaluate(op, inputs, options, dys, arithmetic=None):

@@ -1,0 +1,80 @@
+"""What every kernel shares: which implementation runs, how it is launched, and its matrix product."""
+
+from collections import Counter
+
+import torch
+import triton
+import triton.language as tl
+
+from ._checks import expect_choice
+
+# Triton decides at import: a process is either interpreted or compiled, never both.
+INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+# Launches by kernel name, so that a test can tell that a Triton kernel ran.
+LAUNCHES = Counter()
+
+
+def resolve(op, impl, tensor):
+    """The implementation that `impl` names for this tensor: "triton" or "eager"."""
+    expect_choice(op, "impl", impl, ("auto", "triton", "eager"))
+    runs = tensor.is_cuda or INTERPRETED
+    if impl == "triton" and not runs:
+        raise ValueError(
+            f"{op}: impl='triton' needs a CUDA tensor or Triton's interpreter, got a tensor on "
+            f"{tensor.device}; set TRITON_INTERPRET=1 before triton is imported, or use impl='eager'"
+        )
+    if impl == "auto":
+        return "triton" if runs else "eager"
+    return impl
+
+
+def launch(kernel, programs, *args, **options):
+    """Run `kernel` on a grid of `programs`; the first argument is a tensor of its device."""
+    if programs == 0:
+        return
+    LAUNCHES[kernel.fn.__name__] += 1
+    if torch.cuda.device_count() > 1:
+        with torch.cuda.device_of(args[0]):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+def accumulator(dtype):
+    """The torch dtype of statistics and accumulators: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_accumulator(dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def tile(length, largest, smallest=16):
+    """The smallest power of two that covers `length`, within the limits."""
+    return max(smallest, min(largest, triton.next_power_of_2(max(length, 1))))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b, float32 products in IEEE arithmetic, never TF32."""
+    if _INTERPRETED:
+        # the interpreter multiplies bfloat16's bit patterns
+        if a.dtype == tl.bfloat16:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x rounded to the nearest value of dtype, ties to even."""
+    if _INTERPRETED:
+        # the interpreter truncates float32 to bfloat16: round the bits first, NaN aside
+        if dtype == tl.bfloat16:
+            if x.dtype == tl.float32:
+                bits = x.to(tl.uint32, bitcast=True)
+                bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+                x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
