@@ -144,14 +144,17 @@ def _attention_fwd_kernel(
             CAUSAL, True, WHOLE_D, BLOCK_N,
         )  # fmt: skip
 
-    # l_i is 0 only where nothing was seen, and NaN where a NaN was
-    o = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    # l_i is 0 only where nothing was seen; where a NaN was seen it is NaN
+    saw = l_i != 0.0
+    l_i = tl.where(saw, l_i, 1.0)
+    o = acc / l_i[:, None]
     rows = head * Tq + offs_m
     tl.store(
         o_ptr + rows[:, None] * D + offs_d[None, :], cast(o, o_ptr.dtype.element_ty),
         mask=(offs_m < Tq)[:, None] & (offs_d < D)[None, :],
     )  # fmt: skip
-    tl.store(lse_ptr + rows, (m_i + tl.log2(l_i)) * _LN2, mask=offs_m < Tq)
+    lse = tl.where(saw, (m_i + tl.log2(l_i)) * _LN2, float("-inf"))
+    tl.store(lse_ptr + rows, lse, mask=offs_m < Tq)
 
 
 @triton.jit
@@ -380,6 +383,13 @@ def _backward(do, dlse, q, k, v, o, lse, causal, bottom_right, scale):
         *read, dk, dv, *sizes, CAUSAL=causal, **options,
     )  # fmt: skip
     return dq, dk, dv
+
+
+def _launch_all(q, k, v, causal=False, align="bottom_right", scale=1.0, return_lse=False):
+    """One forward and backward call straight through the launchers, for ahead-of-time compilation."""
+    options = causal, align == "bottom_right", scale
+    o, lse = _forward(q, k, v, *options)
+    return o, _backward(o, lse if return_lse else None, q, k, v, o, lse, *options)
 
 
 @torch.library.custom_op("gaugeblock::attention_fwd", mutates_args=())

@@ -111,6 +111,12 @@ def _backward(dlosses, logits, targets, lse, ignore_index, alpha):
     return dlogits
 
 
+def _launch_all(logits, targets, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """One forward and backward call straight through the launchers, for ahead-of-time compilation."""
+    losses, lse = _forward(logits, targets, ignore_index, label_smoothing)
+    return losses, _backward(losses, logits, targets, lse, ignore_index, label_smoothing)
+
+
 @torch.library.custom_op("gaugeblock::cross_entropy_fwd", mutates_args=())
 def _fwd_op(
     logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, alpha: float

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.special import erf
 
 _LOG2E = np.float32(np.log2(np.e))
+_SMALLEST_NORMAL = np.finfo(np.float32).tiny
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Arithmetic:
     unit:    rounding happens in this unit, round(x·unit)/unit. Kernels fold scales and log2(e) into
              their operands or not, so each unit is one legal draw of the rounding errors.
     roads:   elementary functions take the other common road: exp(x) as 2^(x log2 e), tanh through
-             exp, erf by a rational function; corrections that a kernel may leave out are left out.
+             exp, erf by a rational function; corrections that a kernel may leave out are left out,
+             and subnormal results are flushed to zero, as a GPU's fast functions do.
     """
 
     storage: np.dtype
@@ -41,11 +43,14 @@ class Arithmetic:
 
     def __post_init__(self):
         self._marks = 0
-        self._orders = np.random.default_rng(int(self.unit * 100))
+        self._draw = np.random.default_rng(int(self.unit * 2**20))
 
     def array(self, values):
         """The values as an array that computes under this arithmetic."""
-        out = np.asarray(values, dtype=np.float32).view(Rounded)
+        out = np.asarray(values, dtype=np.float32)
+        if self.roads:
+            out = np.where(np.abs(out) < _SMALLEST_NORMAL, np.float32(0), out)
+        out = np.asarray(out).view(Rounded)
         out.arithmetic = self
         return out
 
@@ -54,6 +59,10 @@ class Arithmetic:
         unit = np.float32(self.unit)
         with np.errstate(over="ignore"):
             return (np.asarray(x) * unit).astype(self.storage).astype(np.float32) / unit
+
+    def draw_unit(self):
+        """Another unit for each value: a kernel that converts twice need not get back."""
+        return self._draw.uniform(1, 2)
 
     def rounds_next(self):
         """Whether the formula's next `stored` value is rounded."""
@@ -64,7 +73,7 @@ class Arithmetic:
         """The indices of the partial sums, in the order in which they are added."""
         # more than 256 links in the chain change the error little and cost Python time
         step = max(self.chunk, -(-length // 256))
-        order = self._orders.permutation(length)
+        order = self._draw.permutation(length)
         return [order[start : start + step] for start in range(0, length, step)]
 
     def matmul(self, a, b):
@@ -177,7 +186,10 @@ def stored(x, unit=None):
 
 def rescaled(x):
     """Mark a float32 value that a kernel may keep in another unit, as with log2(e) folded in."""
-    return x * np.float32(x.arithmetic.unit) / x.arithmetic.unit if isinstance(x, Rounded) else x
+    if not isinstance(x, Rounded):
+        return x
+    unit = np.float32(x.arithmetic.draw_unit())
+    return x * unit / unit
 
 
 def refinement(x):

@@ -33,22 +33,21 @@ DTYPES = {
 
 
 def legal_arithmetics(storage):
-    """The legal computations that span the yardstick: order of sums, roundings, functions."""
-    runs = (
-        dict(),
-        dict(chunk=1, unit=1.19, roads=True),
-        dict(chunk=8, stores=(False,)),
-        dict(chunk=16, unit=1.41, roads=True),
-        dict(chunk=32, stores=(True, False), roads=True),
-        dict(chunk=64, unit=1.68, stores=(False, True)),
-        dict(chunk=16, unit=1.09, stores=(True, True, False), roads=True),
-        dict(chunk=128, unit=1.83, stores=(False, True, True)),
-        dict(chunk=1, unit=1.54, roads=True),
-        dict(chunk=24, unit=1.27, stores=(True, False, False)),
-        dict(chunk=4, unit=1.97, roads=True),
-        dict(chunk=48, unit=1.13, stores=(True, False, True)),
-    )
-    return [Arithmetic(storage, **run) for run in runs]
+    """The legal computations that span the yardstick: order of sums, roundings, functions.
+
+    The first leaves everything to NumPy; the others are drawn, the same ones every time.
+    """
+    draw = np.random.default_rng(0)
+    return [Arithmetic(storage)] + [
+        Arithmetic(
+            storage,
+            chunk=int(draw.choice((1, 4, 8, 16, 32, 64, 128))),
+            stores=tuple(draw.random(5) < 0.75),
+            unit=draw.uniform(1, 2),
+            roads=bool(draw.integers(2)),
+        )
+        for _ in range(31)
+    ]
 
 
 def evaluate(op, inputs, options, dys, arithmetic=None):
