@@ -8,16 +8,22 @@ Nothing heavy is imported before an op is asked for.
 
 from importlib import import_module
 
-_OPS = ("attention", "cross_entropy", "ffn", "layer_norm")
+_HOMES = {
+    "attention": "_attention",
+    "cross_entropy": "_cross_entropy",
+    "ffn": "_ffn",
+    "layer_norm": "_layer_norm",
+    "resolve": "_launch",
+}
 
-__all__ = [*_OPS, "eager"]
+__all__ = [*_HOMES, "eager"]
 
 
 def __getattr__(name):
     if name == "eager":
         return import_module(".eager", __name__)
-    if name in _OPS:
-        return getattr(import_module(f"._{name}", __name__), name)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,0 +1,1 @@
+"""Timing the catalog, and the demonstration that runs everything once."""

@@ -1,0 +1,5 @@
+"""The benchmarks' commands."""
+
+import typer
+
+app = typer.Typer()

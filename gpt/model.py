@@ -1,0 +1,322 @@
+"""GPT on the kernels: a pre-LN decoder whose weights are a Hugging Face GPT-2 directory.
+
+    h = wte[idx] + wpe[0 … T−1]
+    per layer:  h = h + attn(ln_1(h)),   h = h + ffn(ln_2(h))
+    logits = ln_f(h) headᵀ,   head = wte where tied
+
+Source: Radford et al. 2019; the released GPT-2 code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gaugeblock import kernels
+
+from .config import GPTConfig
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def torch_dtype(dtype):
+    """A torch dtype from its name, or as it is. Raises ValueError for other names."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"GPT: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return _DTYPES[dtype]
+
+
+class Affine(nn.Module):
+    """x w + b with w (in, out), the way GPT-2's files store it; cast to x's dtype."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def pair(self, dtype):
+        return self.weight.to(dtype), self.bias.to(dtype)
+
+    def forward(self, x):
+        w, b = self.pair(x.dtype)
+        return F.linear(x, w.t(), b)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x, impl):
+        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return kernels.layer_norm(x, w, b, self.eps, impl=impl)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.layer = config.n_head, layer
+        self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Affine(config.n_embd, config.n_embd)
+        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+
+    def forward(self, x, cache, impl):
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        o = kernels.attention(q, k, v, causal=True, scale=self.scale, impl=impl)
+        return self.c_proj(o.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Affine(config.n_embd, n_inner)
+        self.c_proj = Affine(n_inner, config.n_embd)
+        self.activation = config.activation
+
+    def forward(self, x, impl):
+        w1, b1 = self.c_fc.pair(x.dtype)
+        w2, b2 = self.c_proj.pair(x.dtype)
+        return kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=impl)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.eps)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, h, cache, impl):
+        h = h + self.attn(self.ln_1(h, impl), cache, impl)
+        return h + self.mlp(self.ln_2(h, impl), impl)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (layer, B, H, block_size, D) each."""
+
+    def __init__(self, model, batch):
+        c, like = model.config, model.wte.weight
+        shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.k = torch.empty(shape, dtype=model.compute_dtype or like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Append a layer's keys and values; all of that layer's so far."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class GPT(nn.Module):
+    """A GPT-2 whose attention, FFN, norms and loss run on the kernels.
+
+    impl:          which kernels: "auto", "triton" or "eager".
+    compute_dtype: activations and the weights they meet are cast to it; None keeps the weights'.
+    """
+
+    def __init__(self, config, impl="auto"):
+        super().__init__()
+        self.config, self.impl, self.compute_dtype = config, impl, None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """N(0, 0.02); projections into the residual stream a factor 1/√(2·n_layer) smaller."""
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                residual = name.endswith("c_proj.weight")
+                p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def forward(self, idx, targets=None, attention_mask=None, *, cache=None):
+        """Logits, and the mean cross-entropy where targets are given.
+
+        idx, targets: (B, T) int; targets are already shifted, −100 is ignored.
+        attention_mask: (B, T), 0 at padding on either side; positions count the tokens that are
+        not padding. Logits at padding are 0 and its targets are ignored.
+        Returns (logits (B, T, V), loss or None).
+        Raises ValueError for shapes, ids out of range (on a CPU) or more than block_size tokens.
+        """
+        self._expect_ids(idx, 0 if cache is None else cache.length)
+        if attention_mask is None:
+            logits = self._logits(idx, cache)
+        else:
+            logits = self._padded_logits(idx, attention_mask)
+            if targets is not None:
+                targets = targets.masked_fill(attention_mask == 0, -100)
+        if targets is None:
+            return logits, None
+        return logits, kernels.cross_entropy(logits, targets, impl=self.impl)
+
+    def _logits(self, idx, cache=None):
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
+        h = self.wte(idx) + self.wpe(positions)
+        h = h.to(self.compute_dtype or h.dtype)
+        for block in self.h:
+            h = block(h, cache, self.impl)
+        if cache is not None:
+            cache.length += idx.shape[1]
+        head = self.wte if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(self.ln_f(h, self.impl), head.weight.to(h.dtype))
+
+    def _padded_logits(self, idx, attention_mask):
+        """Move padding behind the tokens, where causality hides it, and the logits back."""
+        if attention_mask.shape != idx.shape:
+            raise ValueError(
+                f"GPT: attention_mask must have idx's shape {tuple(idx.shape)}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        keep = attention_mask != 0
+        order = keep.long().argsort(dim=1, descending=True, stable=True)
+        logits = self._logits(idx.gather(1, order))
+        back = order.argsort(dim=1)[..., None].expand_as(logits)
+        return logits.gather(1, back).masked_fill(~keep[..., None], 0.0)
+
+    def _expect_ids(self, idx, start):
+        if idx.ndim != 2 or idx.shape[1] == 0:
+            raise ValueError(f"GPT: idx must have shape (B, T) with T ≥ 1, got {tuple(idx.shape)}")
+        if idx.is_floating_point() or idx.dtype == torch.bool:
+            raise TypeError(f"GPT: idx must be integers, got {idx.dtype}")
+        if start + idx.shape[1] > self.config.block_size:
+            raise ValueError(
+                f"GPT: idx must stay within block_size = {self.config.block_size} tokens, "
+                f"got {start + idx.shape[1]}; crop it"
+            )
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            V = self.config.vocab_size
+            wrong = idx[(idx < 0) | (idx >= V)]
+            if len(wrong):
+                raise ValueError(
+                    f"GPT: idx must lie in 0 … vocab_size − 1 = {V - 1}, got {int(wrong[0])}"
+                )
+
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options
+    ):
+        """The prompt and `max_new_tokens` more; see `gaugeblock.gpt.generate.generate`."""
+        from .generate import generate
+
+        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, **options)
+
+    def parameter_count(self):
+        return sum(p.numel() for p in self.parameters())
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=None, impl="auto"):
+        """Read a Hugging Face GPT-2 directory; `dtype` None keeps the file's.
+
+        Raises FileNotFoundError without config.json or model.safetensors, ValueError for keys or
+        shapes that the configuration does not call for.
+        """
+        directory = Path(directory)
+        config = GPTConfig.load(directory / "config.json")
+        path = directory / "model.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"model: {directory} must hold model.safetensors, it does not; "
+                "give a directory that save_pretrained wrote"
+            )
+        weights = _plain_keys(load_file(path), config)
+        with torch.device("meta"):
+            model = cls(config, impl)
+        _expect_weights(weights, model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        model.requires_grad_()
+        return model if dtype is None else model.to(torch_dtype(dtype))
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel.
+
+        The directory is complete or absent: files are written aside and moved into place.
+        """
+        directory = Path(directory)
+        config = self.config.to_dict() | {"dtype": str(self.wte.weight.dtype)[len("torch.") :]}
+        weights = {
+            k if k.startswith("lm_head") else f"transformer.{k}": v.detach().contiguous()
+            for k, v in self.state_dict().items()
+        }
+        with written_aside(directory) as aside:
+            (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+
+
+class written_aside:
+    """A folder beside `directory` whose files move into it when the block ends without an error."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+
+    def __enter__(self):
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        self.aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.directory.parent))
+        return self.aside
+
+    def __exit__(self, error, *_):
+        if error is None:
+            if not self.directory.exists():
+                self.aside.chmod(0o755)
+                self.aside.rename(self.directory)
+                return
+            for path in self.aside.iterdir():
+                os.replace(path, self.directory / path.name)
+        shutil.rmtree(self.aside)
+
+
+def _plain_keys(weights, config):
+    """Keys without the `transformer.` prefix, without stored masks and without a tied head."""
+    plain = {}
+    for key, value in weights.items():
+        key = key.removeprefix("transformer.")
+        stored_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
+        tied_head = key == "lm_head.weight" and config.tie_word_embeddings
+        if not stored_mask and not tied_head:
+            plain[key] = value
+    return plain
+
+
+def _expect_weights(weights, wanted):
+    for key in wanted:
+        if key not in weights:
+            raise ValueError(f"model.safetensors: must hold {key!r}, it does not")
+    for key, value in weights.items():
+        if key not in wanted:
+            raise ValueError(f"model.safetensors: must hold GPT-2's keys only, got {key!r}")
+        if value.shape != wanted[key].shape:
+            raise ValueError(
+                f"model.safetensors: {key} must have shape {tuple(wanted[key].shape)}, "
+                f"got {tuple(value.shape)}"
+            )

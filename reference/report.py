@@ -1,0 +1,55 @@
+"""Reports for a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+# where nothing tells the width, as in a log, a table must not be folded at 80 columns
+_LOG_WIDTH = 140
+
+
+def console():
+    """A console as wide as the terminal, and wide enough in a log."""
+    out = Console()
+    return out if out.is_terminal else Console(width=_LOG_WIDTH)
+
+
+def results_table(results, title):
+    """One line for each case and dtype: its worst tensor, error against budget."""
+    table = Table("kernel", "case", "dtype", "layout", "worst", "error", "budget", "of it", title=title)
+    worst = {}
+    for r in results:
+        key = (r.op, r.case, r.dtype, r.layout)
+        if key not in worst or r.ratio > worst[key].ratio:
+            worst[key] = r
+    for key, r in worst.items():
+        verdict = f"{100 * r.ratio:.0f}%" if r.passed else f"[bold red]WRONG: {r.kind}[/]"
+        table.add_row(*key, r.output, _figure(r.error), _figure(r.budget), verdict)
+    return table
+
+
+def print_report(report):
+    """The table of a report, its failures in words, and the verdict."""
+    out = console()
+    out.print(results_table(report.results, f"{report.op}: {report.candidate}"))
+    for r in report.failures:
+        out.print(f"[bold red]wrong[/] {describe(r)}", highlight=False)
+    wrong = len(report.failures)
+    verdict = "right" if report.passed else f"WRONG in {wrong} of {len(report.results)}"
+    out.print(f"{report.op}: {verdict} ({len(report.results)} tensors compared, seed {report.seed})")
+
+
+def describe(r):
+    """A failure in one line."""
+    place = f"{r.op} {r.case} {r.dtype} {r.layout}: {r.output}"
+    if r.error is None:
+        return f"{place} {r.hint}"
+    if r.kind == "rms":
+        return f"{place} has RMS error {r.rms_error:.3g}, budget {r.rms_budget:.3g}"
+    return (
+        f"{place}{list(r.index)} is {r.got:.9g}, must be {r.want:.9g}: "
+        f"error {r.error:.3g}, budget {r.budget:.3g}"
+    )
+
+
+def _figure(x):
+    return "" if x is None else f"{x:.2e}"
