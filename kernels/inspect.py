@@ -57,7 +57,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self):
-        return 0
+        # Triton keeps compiled kernels by device: one for each target keeps them apart
+        return list(TARGETS.values()).index(self.target)
 
     def get_current_stream(self, device=0):
         return 0

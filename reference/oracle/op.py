@@ -58,18 +58,8 @@ class Wrong:
     raises: type[Exception] = ValueError
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    inputs: dict
-    cases: tuple
-    outputs: dict = field(default_factory=lambda: {"y": ""})
-    backward: Callable | None = None
-    flops: Callable | None = None
-    errors: tuple = ()
-    kernel: str | None = None
-
-
-class Op(_Row):
+@dataclass(eq=False)
+class Op:
     """An op that kernels are checked against.
 
     reference: reference(*inputs, **options) -> y or a tuple, in NumPy; given float64 arrays.
@@ -83,14 +73,22 @@ class Op(_Row):
     kernel:    why the catalog has no kernel for it; None where it has one, or outside the catalog.
     """
 
-    def __init__(self, name, reference, inputs, cases, **rest):
-        inputs = {k: Input(v) if isinstance(v, str) else v for k, v in inputs.items()}
-        super().__init__(inputs=inputs, cases=tuple(cases), **rest)
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "reference", reference)
+    name: str
+    reference: Callable
+    inputs: dict
+    cases: tuple
+    outputs: dict = field(default_factory=lambda: {"y": ""})
+    backward: Callable | None = None
+    flops: Callable | None = None
+    errors: tuple = ()
+    kernel: str | None = None
+
+    def __post_init__(self):
+        self.inputs = {k: Input(v) if isinstance(v, str) else v for k, v in self.inputs.items()}
+        self.cases = tuple(self.cases)
         names = [case.name for case in self.cases]
         if len(set(names)) < len(names):
-            raise ValueError(f"Op {name}: case names must be unique, got {', '.join(names)}")
+            raise ValueError(f"Op {self.name}: case names must be unique, got {', '.join(names)}")
 
     def dims(self, case):
         """{dimension: size} of a case."""

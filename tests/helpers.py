@@ -1,0 +1,25 @@
+"""What several test files need."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments, cwd=CHECKOUT, **environment):
+    """Run this Python in a process of its own; variables set to None are removed."""
+    env = {**os.environ, "TRITON_INTERPRET": None, "PYTHONPATH": str(CHECKOUT), **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={k: v for k, v in env.items() if v is not None},
+        capture_output=True,
+        text=True,
+    )
+
+
+def gaugeblock(*arguments, **options):
+    """Run the command line in a process of its own."""
+    return python("-m", "gaugeblock", *arguments, **options)

@@ -1,0 +1,53 @@
+"""Every implementation of every op against the reference: outputs and all gradients."""
+
+import functools
+
+import pytest
+import torch
+
+from gaugeblock import kernels
+from gaugeblock.kernels._launch import LAUNCHES
+from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.oracle.adapters import LAYOUTS, TorchAdapter
+from gaugeblock.reference.oracle.budget import DTYPES
+from gaugeblock.reference.oracle.check import Expectation
+from gaugeblock.reference.report import describe
+
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+POINTS = [
+    pytest.param(op, case, dtype, layout, impl, id=f"{op.name}-{case.name}-{SHORT[dtype]}-{layout}-{impl}")
+    for op in CATALOG.values()
+    if op.kernel is None
+    for case in op.select("full")
+    for dtype in DTYPES
+    for layout in LAYOUTS
+    for impl in ("triton", "eager")
+]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def expectation(op, case, dtype):
+    return Expectation(op, case, dtype)
+
+
+def judge(op, case, dtype, layout, impl, device):
+    fn = functools.partial(getattr(kernels, op.name), impl=impl)
+    before = LAUNCHES.total()
+    results = expectation(op, case, dtype).judge(TorchAdapter(device), fn, layout)
+    launched = LAUNCHES.total() - before
+    # eager must never be checked against itself
+    assert launched >= 2 if impl == "triton" else launched == 0
+    assert not [describe(r) for r in results if not r.passed]
+    assert len(results) >= 1 + len(op.floating())
+
+
+@pytest.mark.parametrize(("op", "case", "dtype", "layout", "impl"), POINTS)
+def test_parity(op, case, dtype, layout, impl):
+    judge(op, case, dtype, layout, impl, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("op", "case", "dtype", "layout", "impl"), POINTS)
+def test_parity_on_the_gpu(op, case, dtype, layout, impl):
+    judge(op, case, dtype, layout, impl, "cuda")
