@@ -71,10 +71,10 @@ def dot(a, b, acc):
 def cast(x, dtype: tl.constexpr):
     """x rounded to the nearest value of dtype, ties to even."""
     if _INTERPRETED:
-        # the interpreter truncates float32 to bfloat16: round the bits first, NaN aside
+        # the interpreter truncates float32 to bfloat16 and spoils subnormals: round the bits here
         if dtype == tl.bfloat16:
             if x.dtype == tl.float32:
                 bits = x.to(tl.uint32, bitcast=True)
-                bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-                x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+                bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+                return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)

@@ -41,6 +41,8 @@ _SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 _COUNTED = re.compile(
     r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|DMMA|UTMALDG|UTMASTG|UTMAREDG|v_mfma)"
 )
+# a product of 16-bit tiles in Triton's first representation, and its rows
+_HALF_PRODUCT = re.compile(r"tt\.dot .* : tensor<(\d+)x\d+x(?:b?f16)>")
 # stack that the compiler keeps without a spill: alignment, and 3.9's frame on sm_80
 _STACK_FREE = 48
 
@@ -102,7 +104,7 @@ def inspect(ops=(), target="sm_90", dtype="bfloat16"):
 
     Returns a list of {"op", "case", "kernel", "config", "target", "triton", "registers", "spills",
     "shared_bytes", "instructions", "passed", "reason"}. A row passes when it compiles, does not
-    spill and fits the chip's shared memory.
+    spill, fits the chip's shared memory and runs 16-bit products on the matrix units.
     Raises ValueError for an unknown op or target, or where the interpreter is on.
     """
     if target not in TARGETS:
@@ -166,11 +168,23 @@ def read_artefact(compiled, target):
         code = compiled.asm["amdgcn"]
     row["instructions"] = dict(Counter(m[1] for m in _COUNTED.finditer(code)))
     reasons = []
+    wanted = _matrix_instruction(compiled.asm["ttir"], target)
+    if wanted and wanted not in row["instructions"]:
+        reasons.append(f"runs its products without {wanted}")
     if row["spills"]:
         reasons.append(f"spills {row['spills']} bytes")
     if row["shared_bytes"] > _SHARED_LIMIT.get(target, row["shared_bytes"]):
         reasons.append(f"needs more than {_SHARED_LIMIT[target]} bytes of shared memory")
     return row | {"passed": not reasons, "reason": "; ".join(reasons)}
+
+
+def _matrix_instruction(ttir, target):
+    """The instruction that the kernel's 16-bit products must become on this target, or None."""
+    rows = [int(m[1]) for m in _HALF_PRODUCT.finditer(ttir)]
+    if not rows or target not in ("sm_80", "sm_90"):
+        return None
+    # Hopper's warpgroup products start at 64 rows
+    return "HGMMA" if target == "sm_90" and max(rows) >= 64 else "HMMA"
 
 
 def _disassemble(cubin):

@@ -1,0 +1,97 @@
+"""Bad input gets a one-line error with name and rule, the same from every implementation."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from gaugeblock import kernels, reference
+from gaugeblock.reference.catalog import CATALOG
+from tests.helpers import python
+
+WRONGS = [
+    pytest.param(op, wrong, id=f"{op.name}-{wrong.name}")
+    for op in CATALOG.values()
+    for wrong in op.errors
+]
+
+
+def wrong_call(op, wrong):
+    """Inputs and options of the call that must be refused."""
+    case, rng = op.cases[0], np.random.default_rng(0)
+    inputs = op.draw(case, rng)
+    for name, shape in wrong.shapes.items():
+        integer = inputs[name].dtype.kind == "i"
+        inputs[name] = np.zeros(shape, int) if integer else rng.standard_normal(shape)
+    for name, change in wrong.values.items():
+        inputs[name] = change(inputs[name])
+    return inputs, {**op.options(case), **wrong.options}
+
+
+def refuses(fn, inputs, options, wrong):
+    with pytest.raises(wrong.raises, match=wrong.match) as caught:
+        fn(*inputs.values(), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("op", "wrong"), WRONGS)
+def test_the_reference_refuses(op, wrong):
+    inputs, options = wrong_call(op, wrong)
+    refuses(getattr(reference, op.name), inputs, options, wrong)
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+@pytest.mark.parametrize(("op", "wrong"), [p for p in WRONGS if p.values[0].kernel is None])
+def test_the_kernels_refuse(op, wrong, impl):
+    inputs, options = wrong_call(op, wrong)
+    tensors = {n: torch.from_numpy(x) for n, x in inputs.items()}
+    tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    refuses(functools.partial(getattr(kernels, op.name), impl=impl), tensors, options, wrong)
+
+
+def tensors_of(name):
+    op = CATALOG[name]
+    inputs = op.draw(op.cases[0], np.random.default_rng(0))
+    tensors = {n: torch.from_numpy(x) for n, x in inputs.items()}
+    return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("name", [n for n, op in CATALOG.items() if op.kernel is None])
+def test_kernels_refuse_wrong_kinds(name):
+    fn, tensors = getattr(kernels, name), tensors_of(name)
+    first, *rest = CATALOG[name].floating()
+    with pytest.raises(TypeError, match=f"{name}: {first} must be floating point"):
+        fn(*{**tensors, first: tensors[first].int()}.values())
+    with pytest.raises(TypeError, match=f"{name}: {first} must be a torch tensor"):
+        fn(*{**tensors, first: tensors[first].numpy()}.values())
+    with pytest.raises(ValueError, match=f"{name}: impl must be one of"):
+        fn(*tensors.values(), impl="fast")
+    if rest:
+        last = rest[-1]
+        with pytest.raises(TypeError, match=f"{name}: {last} must have {first}'s dtype"):
+            fn(*{**tensors, last: tensors[last].half()}.values())
+        with pytest.raises(ValueError, match=f"{name}: {last} must be on {first}'s device"):
+            fn(*{**tensors, last: tensors[last].to("meta")}.values())
+
+
+def test_triton_on_a_cpu_without_the_interpreter_is_refused():
+    script = (
+        "import torch\nfrom gaugeblock import kernels\n"
+        "x = torch.randn(2, 8); w = torch.ones(8)\n"
+        "kernels.layer_norm(x, w, w)\n"
+        "kernels.layer_norm(x, w, w, impl='triton')\n"
+    )
+    ran = python("-c", script)
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: layer_norm: impl='triton' needs a CUDA tensor")
+
+
+def test_limits_of_the_kernels_are_errors():
+    q = torch.zeros(1, 1, 2, 257)
+    with pytest.raises(ValueError, match="D must be at most 256"):
+        kernels.attention(q, q, q, impl="triton")
+    x = torch.zeros(1, 65_537)
+    with pytest.raises(ValueError, match="N must be at most 65536"):
+        kernels.layer_norm(x, x[0], x[0], impl="triton")

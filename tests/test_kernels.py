@@ -1,0 +1,198 @@
+"""What holds for kernels beside parity: registration, determinism, memory, float64."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from gaugeblock import kernels
+from gaugeblock.kernels import _attention, _ffn
+from gaugeblock.kernels._launch import cast
+from gaugeblock.reference.catalog import CATALOG
+
+WITH_KERNEL = [op for op in CATALOG.values() if op.kernel is None]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def case_of(op, name=None):
+    return next(c for c in op.cases if name in (None, c.name))
+
+
+def inputs_of(op, case, dtype=torch.float32, requires_grad=True):
+    drawn = op.draw(case, np.random.default_rng(1))
+    tensors = [torch.from_numpy(x).to(DEVICE) for x in drawn.values()]
+    return [
+        t.to(dtype).requires_grad_(requires_grad) if t.is_floating_point() else t for t in tensors
+    ]
+
+
+def call(op, case, inputs, **more):
+    y = getattr(kernels, op.name)(*inputs, **op.options(case), impl="triton", **more)
+    return y if isinstance(y, tuple) else (y,)
+
+
+def operator_arguments(op):
+    """Arguments of an op's registered forward operator, two-dimensional where it takes rows."""
+    case = case_of(op)
+    inputs = inputs_of(op, case)
+    rest = {
+        "layer_norm": (1e-5,),
+        "cross_entropy": (-100, 0.1),
+        "ffn": ("gelu_tanh",),
+        "attention": (True, True, 0.25),
+    }[op.name]
+    return *inputs, *rest
+
+
+@pytest.mark.parametrize("op", WITH_KERNEL, ids=lambda op: op.name)
+def test_operators_are_registered_as_torch_wants_them(op):
+    operator = getattr(torch.ops.gaugeblock, f"{op.name}_fwd", None)
+    if operator is None:
+        getattr(kernels, op.name)
+        operator = getattr(torch.ops.gaugeblock, f"{op.name}_fwd")
+    checks = torch.library.opcheck(operator.default, operator_arguments(op))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", WITH_KERNEL, ids=lambda op: op.name)
+def test_compiles_as_one_graph_with_the_same_bits(op):
+    case = case_of(op)
+    fn = functools.partial(getattr(kernels, op.name), **op.options(case), impl="triton")
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (fn, compiled):
+        inputs = inputs_of(op, case)
+        y = run(*inputs)
+        floating = [x for x in inputs if x.requires_grad]
+        results.append([y, *torch.autograd.grad(y, floating, torch.ones_like(y))])
+    for plain, traced in zip(*results):
+        assert torch.equal(plain, traced)
+
+
+@pytest.mark.parametrize("op", WITH_KERNEL, ids=lambda op: op.name)
+def test_repeats_are_bitwise_equal(op):
+    # the last of the quick cases is as large as parity gets
+    case = op.select()[-1]
+    runs = []
+    for _ in range(3):
+        inputs = inputs_of(op, case, torch.float16)
+        ys = call(op, case, inputs)
+        floating = [x for x in inputs if x.requires_grad]
+        runs.append([*ys, *torch.autograd.grad(ys, floating, [torch.ones_like(y) for y in ys])])
+    for again in runs[1:]:
+        for first, other in zip(runs[0], again):
+            assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "options"),
+    [
+        ("layer_norm", [(3, 5), (5,), (5,)], {}),
+        ("ffn", [(2, 3), (3, 5), (5,), (5, 3), (3,)], {}),
+        ("ffn", [(2, 3), (3, 5), (5,), (5, 3), (3,)], {"activation": "gelu"}),
+        ("attention", [(1, 1, 3, 2), (1, 1, 4, 2), (1, 1, 4, 2)], {"causal": True, "scale": 0.5}),
+        ("attention", [(1, 1, 4, 2), (1, 1, 3, 2), (1, 1, 3, 2)],
+         {"causal": True, "return_lse": True, "scale": 0.5, "align": "top_left"}),
+    ],
+)  # fmt: skip
+def test_gradcheck_in_float64(name, shapes, options):
+    draw = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(s, generator=draw, dtype=torch.float64).to(DEVICE).requires_grad_()
+        for s in shapes
+    ]
+    fn = functools.partial(getattr(kernels, name), **options, impl="triton")
+    assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_gradcheck_of_the_loss_in_float64():
+    logits = torch.randn(3, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    targets = torch.tensor([6, -100, 0], device=DEVICE)
+    for reduction in ("mean", "sum", "none"):
+        assert torch.autograd.gradcheck(
+            lambda x, how=reduction: kernels.cross_entropy(
+                x, targets, reduction=how, label_smoothing=0.2, impl="triton"
+            ),
+            (logits,),
+        )
+
+
+def test_attention_never_allocates_a_score_matrix():
+    Tq, Tk = 67, 131
+    q = torch.randn(1, 1, Tq, 4, device=DEVICE, requires_grad=True)
+    k, v = (torch.randn(1, 1, Tk, 4, device=DEVICE, requires_grad=True) for _ in range(2))
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        o, lse = _attention._forward(q, k, v, True, True, 0.5)
+        _attention._backward(torch.ones_like(o), None, q, k, v, o, lse, True, True, 0.5)
+    assert len(sizes) >= 6
+    assert max(sizes) < Tq * Tk
+
+
+def test_ffn_adds_leading_dimensions_and_attention_takes_views():
+    x, w1, b1, w2, b2 = (
+        torch.randn(s, device=DEVICE) for s in ((2, 3, 8), (8, 16), (16,), (16, 8), (8,))
+    )
+    y = kernels.ffn(x, w1, b1, w2, b2, impl="triton")
+    flat = kernels.ffn(x.view(6, 8), w1, b1, w2, b2, impl="triton")
+    assert torch.equal(y.view(6, 8), flat)
+    qkv = torch.randn(2, 5, 3, 2, 8, device=DEVICE)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    o = kernels.attention(q, k, v, causal=True, impl="triton")
+    copies = [t.contiguous() for t in (q, k, v)]
+    assert torch.equal(o, kernels.attention(*copies, causal=True, impl="triton"))
+
+
+@pytest.mark.parametrize("kind", _attention._TILES)
+def test_tiles_are_powers_of_two_that_cover_the_head(kind):
+    for D in (1, 16, 33, 64, 65, 128, 200, 256):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            options = _attention._tiles(kind, 1000, 1000, D, dtype)
+            for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"):
+                size = options[name]
+                assert size >= 16 and size & (size - 1) == 0
+            assert options["BLOCK_D"] >= D
+            assert options["WHOLE_D"] == (options["BLOCK_D"] == D)
+
+
+def test_an_empty_batch_gives_an_empty_answer():
+    q = torch.zeros(0, 2, 3, 4, device=DEVICE)
+    assert kernels.attention(q, q, q, impl="triton").shape == q.shape
+    x = torch.zeros(0, 8, device=DEVICE)
+    assert kernels.layer_norm(x, x.sum(0), x.sum(0), impl="triton").shape == x.shape
+
+
+def test_ffn_keeps_a_nan():
+    x = torch.tensor([[float("nan"), 1.0]], device=DEVICE)
+    w1, b1, w2, b2 = (torch.ones(s, device=DEVICE) for s in ((2, 4), (4,), (4, 2), (2,)))
+    for activation in _ffn.ACTIVATIONS:
+        assert kernels.ffn(x, w1, b1, w2, b2, activation, impl="triton").isnan().all()
+
+
+def test_rounding_to_bfloat16_is_to_nearest_even():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _round_kernel(x_ptr, y_ptr, N: tl.constexpr):
+        offs = tl.arange(0, N)
+        tl.store(y_ptr + offs, cast(tl.load(x_ptr + offs), y_ptr.dtype.element_ty))
+
+    ties = [1.00390625, 1.01171875, -1.01171875]
+    special = [0.0, -0.0, *ties, float("inf"), 3.4e38, 1e-40]
+    x = torch.cat([torch.tensor(special), torch.randn(1016)]).to(DEVICE)
+    y = torch.empty(1024, dtype=torch.bfloat16, device=DEVICE)
+    _round_kernel[(1,)](x, y, N=1024)
+    assert torch.equal(y, x.bfloat16())
+    x[0] = float("nan")
+    _round_kernel[(1,)](x, y, N=1024)
+    assert y[0].isnan()

@@ -1,0 +1,320 @@
+"""The oracle names wrong kernels wrong, right ones right, and explains."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gaugeblock.kernels import eager
+from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.oracle import Case, Input, Op, check
+from gaugeblock.reference.oracle.budget import DTYPES
+from gaugeblock.reference.oracle.check import Expectation
+from tests.helpers import gaugeblock
+
+LEAST_DISCRIMINATION = {"float32": 100, "float16": 100, "bfloat16": 30}
+
+
+def softmax_attention(q, k, v, scores):
+    """Plain attention whose float32 scores a mutant has spoiled."""
+    return (scores.softmax(-1).to(v.dtype).float() @ v.float()).to(q.dtype)
+
+
+def scores_of(q, k, causal=False, align="bottom_right", scale=None, shift=0):
+    s = (q.float() @ k.float().mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        s = s.masked_fill(~eager.visible_keys(*s.shape[-2:], True, align).roll(shift, 1), -math.inf)
+    return s
+
+
+def mutant_top_left(q, k, v, **options):
+    return eager.attention(q, k, v, **{**options, "align": "top_left"})
+
+
+def mutant_unscaled(q, k, v, scale=1.0, **options):
+    return eager.attention(q, k, v, scale=scale, **options)
+
+
+def mutant_positive_scale(q, k, v, scale=None, **options):
+    return eager.attention(q, k, v, scale=None if scale is None else abs(scale), **options)
+
+
+def mutant_no_maximum(q, k, v, causal=False, align="bottom_right", scale=None, return_lse=False):
+    s = scores_of(q, k, causal, align, scale)
+    e = s.exp()
+    o = ((e / e.sum(-1, keepdim=True)).to(v.dtype).float() @ v.float()).to(q.dtype)
+    return (o, s.logsumexp(-1)) if return_lse else o
+
+
+def mutant_low_precision_scores(q, k, v, causal=False, align="bottom_right", scale=None,
+                                return_lse=False):  # fmt: skip
+    s = scores_of(q, k, causal, align, scale).to(torch.bfloat16).float()
+    o = softmax_attention(q, k, v, s)
+    return (o, s.logsumexp(-1)) if return_lse else o
+
+
+def mutant_base_2_lse(q, k, v, return_lse=False, **options):
+    o, lse = eager.attention(q, k, v, return_lse=True, **options)
+    return (o, lse / math.log(2)) if return_lse else o
+
+
+def mutant_copies_v(q, k, v, return_lse=False, **options):
+    o = v.mean(2, keepdim=True).expand_as(q).clone()
+    return (o, torch.zeros(q.shape[:3])) if return_lse else o
+
+
+def mutant_one_pass_variance(x, w, b, eps=1e-5):
+    x32 = x.float()
+    mean = x32.mean(-1, keepdim=True)
+    var = (x32 * x32).mean(-1, keepdim=True) - mean * mean
+    return ((x32 - mean) * torch.rsqrt(var.clamp(min=0) + eps) * w.float() + b.float()).to(x.dtype)
+
+
+def mutant_unbiased_variance(x, w, b, eps=1e-5):
+    x32 = x.float()
+    var, mean = torch.var_mean(x32, -1, correction=1, keepdim=True)
+    return ((x32 - mean) * torch.rsqrt(var + eps) * w.float() + b.float()).to(x.dtype)
+
+
+def mutant_no_eps(x, w, b, eps=1e-5):
+    return eager.layer_norm(x, w, b, 0.0)
+
+
+def mutant_eps_outside(x, w, b, eps=1e-5):
+    x32 = x.float()
+    centred = x32 - x32.mean(-1, keepdim=True)
+    std = centred.square().mean(-1, keepdim=True).sqrt()
+    return (centred / (std + eps) * w.float() + b.float()).to(x.dtype)
+
+
+def mutant_erf(x, w1, b1, w2, b2, activation="gelu_tanh"):
+    return eager.ffn(x, w1, b1, w2, b2, activation.replace("gelu_tanh", "gelu"))
+
+
+def mutant_no_output_bias(x, w1, b1, w2, b2, activation="gelu_tanh"):
+    return eager.ffn(x, w1, b1, w2, torch.zeros_like(b2), activation)
+
+
+def mutant_leaky(x, w1, b1, w2, b2, activation="gelu_tanh"):
+    if activation != "relu":
+        return eager.ffn(x, w1, b1, w2, b2, activation)
+    return F.linear(F.leaky_relu(F.linear(x, w1.t(), b1), 0.01), w2.t(), b2)
+
+
+def mutant_mean_of_all(logits, targets, reduction="mean", **options):
+    losses = eager.cross_entropy(logits, targets, reduction="none", **options)
+    return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+
+def mutant_no_smoothing(logits, targets, label_smoothing=0.0, **options):
+    return eager.cross_entropy(logits, targets, **options)
+
+
+def mutant_counts_ignored(logits, targets, **options):
+    return eager.cross_entropy(logits, targets.clamp(min=0), **options)
+
+
+MUTANTS = {
+    "attention": [
+        mutant_top_left, mutant_unscaled, mutant_positive_scale, mutant_no_maximum,
+        mutant_low_precision_scores, mutant_base_2_lse, mutant_copies_v,
+    ],
+    "layer_norm": [
+        mutant_one_pass_variance, mutant_unbiased_variance, mutant_no_eps, mutant_eps_outside,
+    ],
+    "ffn": [mutant_erf, mutant_no_output_bias, mutant_leaky],
+    "cross_entropy": [mutant_mean_of_all, mutant_no_smoothing, mutant_counts_ignored],
+}  # fmt: skip
+
+
+# what these get wrong is smaller than the rounding of 16-bit outputs on these cases
+FINE = {mutant_eps_outside, mutant_one_pass_variance, mutant_low_precision_scores}
+
+
+@pytest.mark.parametrize(
+    ("op", "mutant", "dtype"),
+    [
+        pytest.param(op, mutant, dtype, id=f"{op}-{mutant.__name__}-{dtype}")
+        for op, mutants in MUTANTS.items()
+        for mutant in mutants
+        for dtype in (("float32",) if mutant in FINE else DTYPES)
+    ],
+)
+def test_a_wrong_kernel_is_named_wrong(op, mutant, dtype):
+    report = check(op, mutant, dtypes=(dtype,))
+    assert not report.passed
+    assert all(r.kind in ("row", "rms", "nonfinite") for r in report.failures), report.failures
+
+
+@pytest.mark.parametrize("op", CATALOG.values(), ids=CATALOG)
+@pytest.mark.parametrize("answer", [torch.zeros_like, torch.ones_like], ids=["zeros", "ones"])
+def test_constants_fail_every_case_that_is_not_degenerate(op, answer):
+    def constant(*inputs, **options):
+        return tuple(
+            answer(torch.from_numpy(np.asarray(y, np.float32)))
+            for y in Expectation(op, case, "float32").results(False)[1][0]
+        )
+
+    for case in op.select("full"):
+        if "degenerate" not in case.tags:
+            assert not check(op, constant, expression=case.name).passed, case
+
+
+@pytest.mark.parametrize("op", CATALOG.values(), ids=CATALOG)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_budgets_tell_right_from_wrong(op, dtype):
+    case_best = {}
+    for case in op.select("quick"):
+        if "degenerate" not in case.tags:
+            results = Expectation(op, case, dtype).judge(_Answers(op, case, dtype), None)
+            assert all(r.passed for r in results)
+            case_best[case.name] = max(r.discrimination for r in results if r.discrimination)
+    assert min(case_best.values()) >= LEAST_DISCRIMINATION[dtype], case_best
+
+
+class _Answers:
+    """An adapter that gives the exact answers, rounded."""
+
+    def __init__(self, op, case, dtype):
+        self.exact, self.dtype = Expectation(op, case, dtype).results(False)[1], dtype
+
+    def run(self, *_):
+        from gaugeblock.reference.oracle.adapters import Answer
+
+        def rounded(x):
+            return Answer(np.asarray(x).astype(DTYPES[self.dtype]).astype(np.float64), self.dtype)
+
+        return tuple([rounded(x) for x in part] for part in self.exact)
+
+
+def rope(x):
+    """Rotary positions on pairs (x[2i], x[2i+1])."""
+    T, D = x.shape[-2:]
+    angle = np.arange(T)[:, None] / 100.0 ** (np.arange(0, D, 2) / D)
+    cos, sin = np.cos(angle), np.sin(angle)
+    even, odd = x[..., ::2], x[..., 1::2]
+    return np.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape)
+
+
+def torch_rope(x, sign=1):
+    T, D = x.shape[-2:]
+    angle = torch.arange(T)[:, None] / 100.0 ** (torch.arange(0, D, 2) / D)
+    cos, sin = angle.cos(), sign * angle.sin()
+    even, odd = x.float()[..., ::2], x.float()[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).reshape(x.shape).to(x)
+
+
+def test_an_op_from_outside_needs_a_formula_and_a_case():
+    op = Op("rope", reference=rope, inputs={"x": "B H T D"}, cases=[Case("odd", B=1, H=2, T=7, D=10)])
+    dtypes = ("float32", "float16", "bfloat16")
+    right = check(op, torch_rope, dtypes=dtypes)
+    assert right.passed, right.failures
+    assert {r.output for r in right.results} == {"y", "dx"}
+    wrong = check(op, lambda x: torch_rope(x, -1), dtypes=dtypes)
+    assert {(r.dtype, r.output) for r in wrong.failures} == {(d, o) for d in dtypes for o in ("y", "dx")}
+
+
+def test_numpy_candidates_bring_their_gradient():
+    op = Op("scale", reference=lambda x, factor=2.0: x * factor, inputs={"x": Input("M N")},
+            cases=[Case("odd", M=3, N=5), Case("three", M=3, N=5, factor=3.0)])  # fmt: skip
+
+    def double(x, factor=2.0):
+        return x * x.dtype.type(factor)
+
+    def wrong_gradient(dy, x, factor=2.0):
+        return (np.asarray(dy * 2, np.float32),)
+
+    def gradient(dy, x, factor=2.0):
+        return (np.asarray(dy * factor, np.float32),)
+
+    assert check(op, double, framework="numpy", backward=gradient).passed
+    failures = check(op, double, framework="numpy", backward=wrong_gradient).failures
+    assert [(r.case, r.output) for r in failures] == [("three", "dx")]
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind", "hint"),
+    [
+        (lambda x, w, b, eps=1e-5: 1 / 0, "exception", "ZeroDivisionError"),
+        (lambda x, w, b, eps=1e-5: exit(3), "exception", "SystemExit"),
+        (lambda x, w, b, eps=1e-5: 3.0, "form", "returned float"),
+        (lambda x, w, b, eps=1e-5: x[:1], "shape", "must have shape"),
+        (lambda x, w, b, eps=1e-5: x.double() * w.double(), "dtype", "must be float32"),
+        (lambda x, w, b, eps=1e-5: (x, x), "form", "returned 2"),
+        (lambda x, w, b, eps=1e-5: x * math.nan, "nonfinite", ""),
+    ],
+    ids=["raises", "exits", "no tensor", "shape", "dtype", "too many", "nan"],
+)
+def test_a_candidate_that_breaks_is_a_failure_and_the_run_goes_on(fn, kind, hint):
+    report = check("layer_norm", fn, backward=False)
+    cases = {case.name for case in CATALOG["layer_norm"].select()}
+    assert {r.case for r in report.failures if r.kind == kind and hint in r.hint} >= cases - {"one_row"}
+
+
+def test_the_forward_alone_is_checked_when_asked():
+    report = check("ffn", lambda *a, **o: eager.ffn(*a, **o).detach(), backward=False)
+    assert report.passed
+    assert {r.output for r in report.results} == {"y"}
+
+
+def test_an_output_without_a_gradient_path_has_zero_gradients():
+    report = check("ffn", lambda *a, **o: eager.ffn(*a, **o).detach())
+    assert {r.output for r in report.failures} == {"dx", "dw1", "db1", "dw2", "db2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(op="norm"), "op must be one of"),
+        (dict(dtypes=("float64",)), "dtype must be one of"),
+        (dict(device="tpu"), "device must be one"),
+        (dict(cases="some"), "cases must be quick or full"),
+        (dict(expression="windowed"), "selects none"),
+        (dict(expression="and and"), "must join words"),
+        (dict(layouts=("spiral",)), "layout must be one of"),
+        (dict(framework="mxnet"), "framework must be torch or numpy"),
+    ],
+)
+def test_a_check_that_cannot_be_made_says_why(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        check(**{"op": "ffn", "fn": eager.ffn, **arguments})
+
+
+def test_expressions_select_by_name_option_and_tag():
+    op = CATALOG["attention"]
+    names = {c.name for c in op.select(expression="causal and not (lse or top_left)")}
+    assert "causal" in names
+    assert not names & {"full", "lse", "top_left"}
+    assert {c.name for c in op.select(expression="return_lse")} == {"lse", "lse_unseeing_queries"}
+
+
+def test_the_command_line_answers_yes_no_and_cannot_tell(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch.nn.functional as F\n"
+        "from gaugeblock.kernels import eager\n"
+        "def good(x, w, b, eps=1e-5): return eager.layer_norm(x, w, b, eps)\n"
+        "def bad(x, w, b, eps=1e-5): return eager.layer_norm(x, w, b, 2 * eps)\n"
+    )
+    yes = gaugeblock(
+        "check", "layer_norm", "mine:good", "--dtype", "bfloat16", "--json", "out.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert yes.returncode == 0, yes.stdout + yes.stderr
+    saved = json.loads((tmp_path / "out.json").read_text())
+    assert saved["passed"]
+    assert {"op", "case", "dtype", "layout", "output", "index", "got", "want", "error", "budget",
+            "kind", "hint"} <= set(saved["results"][0])  # fmt: skip
+    no = gaugeblock("check", "layer_norm", "mine:bad", cwd=tmp_path)
+    assert no.returncode == 1
+    assert "wrong layer_norm eps float32 contiguous: y" in no.stdout.replace("\n", " ")
+    for arguments in (
+        ("layer_norm", "mine:absent"), ("layer_norm", "nowhere:f"), ("layer_norm", "mine"),
+        ("norm", "mine:good"), ("layer_norm", "mine:good", "--dtype", "int8"),
+    ):  # fmt: skip
+        cannot = gaugeblock("check", *arguments, cwd=tmp_path)
+        assert cannot.returncode == 2, arguments
+        assert cannot.stderr.startswith("gaugeblock: ")
+        assert cannot.stderr.count("\n") == 1
