@@ -117,7 +117,8 @@ class GPTConfig:
             "bos_token_id": None,
             "eos_token_id": None,
             **self.foreign,
-            "model_type": "gpt2",
+            "model_type": _FIXED["model_type"],
+            "add_cross_attention": _FIXED["add_cross_attention"],
             "activation_function": _NAMES[self.activation],
             **known,
         }

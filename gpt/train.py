@@ -110,6 +110,7 @@ def train(config, report=lambda record: None):
     torch.manual_seed(config.seed)
     model = GPT(shape, config.impl).to(config.device)
     model.compute_dtype = torch_dtype(config.dtype)
+    impl = kernels.resolve("train", config.impl, model.wte.weight)
     adamw = optimizer(model, config)
     first = _resume(out, model, adamw) if config.resume else 0
 
@@ -136,7 +137,7 @@ def train(config, report=lambda record: None):
         "unigram_entropy": data.unigram_entropy(ids),
         "seconds": seconds,
         "tokens_per_s": (config.steps - first) * config.batch_size * config.block_size / seconds,
-        "impl": kernels.resolve("train", config.impl, model.wte.weight),
+        "impl": impl,
     }
     with written_aside(out) as aside:
         model.save_pretrained(aside)

@@ -1,0 +1,328 @@
+"""Both models against transformers, the cache against none, and directories there and back."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from gaugeblock import reference
+from gaugeblock.gpt import GPT, GPTConfig
+from gaugeblock.gpt.generate import sample
+from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
+from tests.helpers import gaugeblock
+
+SHAPES = {
+    "plain": {},
+    "erf": {"activation_function": "gelu"},
+    "relu": {"activation_function": "relu"},
+    "untied": {"tie_word_embeddings": False},
+    "unscaled": {"scale_attn_weights": False},
+    "scaled_by_layer": {"scale_attn_by_inverse_layer_idx": True},
+    "narrow_ffn": {"n_inner": 20},
+    "eps": {"layer_norm_epsilon": 0.1},
+}
+SIZES = dict(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=41)
+
+
+def peer(scale=0.2, seed=0, **options):
+    """A GPT-2 of transformers in float64 with every parameter random."""
+    # no special tokens: the usual ones lie outside so small a vocabulary
+    config = GPT2Config(**{**SIZES, **options}, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config).double().eval()
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw, dtype=p.dtype) * scale)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    model = peer()
+    directory = tmp_path_factory.mktemp("peer")
+    model.save_pretrained(directory)
+    return model, directory
+
+
+def ours(directory, dtype="float64", impl="eager"):
+    return GPT.from_pretrained(directory, dtype, impl)
+
+
+def tokens(batch, time, seed=0, vocab_size=SIZES["vocab_size"]):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, vocab_size, (batch, time)))
+
+
+def close(mine, theirs):
+    theirs = torch.as_tensor(theirs).detach().numpy()
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(np.asarray(mine), theirs, rtol=1e-10, atol=1e-10 * scale)
+
+
+def named_gradients(model):
+    prefix = "transformer."
+    return {n.removeprefix(prefix): p.grad.numpy() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.2])
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_both_models_agree_with_transformers(options, scale, tmp_path):
+    theirs = peer(scale, **options)
+    theirs.save_pretrained(tmp_path)
+    idx, targets = tokens(2, 13), tokens(2, 13, seed=1)
+    logits = theirs(idx).logits
+    # transformers' own loss is computed in float32
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    their_gradients = named_gradients(theirs)
+
+    model = ours(tmp_path)
+    our_logits, our_loss = model(idx, targets)
+    our_loss.backward()
+    close(our_logits.detach(), logits)
+    close(our_loss.detach(), loss)
+
+    truth = reference.GPT.from_pretrained(tmp_path)
+    close(truth(idx.numpy()), logits)
+    true_loss, true_gradients = truth.loss_and_gradients(idx.numpy(), targets.numpy())
+    close(true_loss, loss)
+
+    assert set(true_gradients) == set(their_gradients) == set(named_gradients(model))
+    for name, gradient in their_gradients.items():
+        close(true_gradients[name], gradient)
+        close(named_gradients(model)[name], gradient)
+
+
+def test_a_directory_goes_there_and_back(saved, tmp_path):
+    theirs, directory = saved
+    ours(directory).save_pretrained(tmp_path / "ours")
+    back = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    idx = tokens(2, 9)
+    close(back(idx).logits.detach(), theirs(idx).logits)
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", "model.safetensors"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "ours"]
+
+
+def test_keys_without_the_prefix_load_too(saved, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    theirs, directory = saved
+    weights = load_file(directory / "model.safetensors")
+    plain = {k.removeprefix("transformer."): v for k, v in weights.items()}
+    assert plain.keys() != weights.keys()
+    # what old files hold beside the parameters
+    plain["h.0.attn.bias"] = np.tril(np.ones((1, 1, 24, 24), np.float32))
+    plain["lm_head.weight"] = plain["wte.weight"]
+    save_file(plain, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    idx = tokens(1, 7)
+    want = theirs(idx).logits.detach()
+    close(ours(tmp_path)(idx)[0].detach(), want)
+    close(reference.GPT.from_pretrained(tmp_path)(idx.numpy()), want)
+
+
+def test_dtype_and_foreign_keys_are_kept(saved, tmp_path):
+    _, directory = saved
+    model = GPT.from_pretrained(directory, dtype="bfloat16")
+    assert model.wte.weight.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    before = json.loads((directory / "config.json").read_text())
+    assert config.items() >= (before | {"dtype": "bfloat16"}).items()
+    again = GPT.from_pretrained(tmp_path)
+    assert again.wte.weight.dtype == torch.bfloat16
+    assert torch.equal(again.wte.weight, model.wte.weight)
+
+
+def test_generation_with_and_without_a_cache_is_the_same(saved):
+    theirs, directory = saved
+    model = ours(directory)
+    idx = tokens(3, 5)
+    cached = model.generate(idx, 19, temperature=0)
+    assert torch.equal(cached, model.generate(idx, 19, temperature=0, use_cache=False))
+    theirs = theirs.generate(
+        idx, attention_mask=torch.ones_like(idx), max_new_tokens=19, do_sample=False, pad_token_id=0
+    )
+    assert torch.equal(cached, theirs)
+    assert len(set(cached[0, 5:].tolist())) > 1
+    drawn = [model.generate(idx, 19, seed=s, use_cache=c) for s, c in ((1, True), (1, False), (2, True))]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_past_the_context_is_an_error_or_slides(saved):
+    model = ours(saved[1])
+    with pytest.raises(ValueError, match="must fit block_size = 24, got 5 \\+ 20"):
+        model.generate(tokens(1, 5), 20)
+    with pytest.raises(ValueError, match="stay within block_size = 24 tokens, got 25"):
+        model(tokens(1, 25))
+    long = [model.generate(tokens(1, 30), 40, 0, slide=True, use_cache=c) for c in (True, False)]
+    assert long[0].shape == (1, 70)
+    assert torch.equal(*long)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_padding_changes_nothing(saved, side):
+    theirs, directory = saved
+    model = ours(directory)
+    idx, targets = tokens(3, 10), tokens(3, 10, seed=2)
+    mask = torch.ones_like(idx)
+    for row, pads in enumerate((0, 3, 7)):
+        mask[row, {"left": slice(0, pads), "right": slice(10 - pads, 10), "holes": slice(1, pads)}[side]] = 0
+    logits, loss = model(idx, targets, attention_mask=mask)
+    losses = []
+    for row in range(3):
+        keep = mask[row] == 1
+        alone = theirs(idx[row : row + 1, keep]).logits[0]
+        close(logits[row, keep].detach(), alone)
+        losses.append(torch.nn.functional.cross_entropy(alone, targets[row, keep], reduction="none"))
+    close(loss.detach(), torch.cat(losses).mean())
+    assert (logits[mask == 0] == 0).all()
+
+
+def test_positions_follow_the_mask_as_in_transformers(saved):
+    theirs, directory = saved
+    idx, mask = tokens(2, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    want = theirs(idx, attention_mask=mask, position_ids=positions).logits
+    got, _ = ours(directory)(idx, attention_mask=mask)
+    close(got[mask == 1].detach(), want[mask == 1])
+
+
+def test_the_triton_model_equals_the_eager_one(saved):
+    idx, targets = tokens(2, 11), tokens(2, 11, seed=3)
+    answers = []
+    for impl in ("triton", "eager"):
+        model = ours(saved[1], impl=impl)
+        logits, loss = model(idx, targets)
+        loss.backward()
+        answers.append([logits, loss, *(p.grad for p in model.parameters())])
+    for triton, eager in zip(*answers):
+        # the kernels take their scale in float32
+        torch.testing.assert_close(triton, eager, rtol=1e-6, atol=1e-7)
+
+
+def test_sampling_options():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+
+    def support(**options):
+        draw = torch.Generator().manual_seed(0)
+        return {int(sample(logits, generator=draw, **options)) for _ in range(300)}
+
+    assert support() == {0, 1, 2, 3}
+    assert support(top_k=2) == {0, 1}
+    assert support(top_p=0.75) == {0, 1}
+    assert support(top_p=0.81) == {0, 1, 2}
+    assert support(top_p=0.01) == {0}
+    assert support(temperature=0) == {0}
+    assert support(temperature=0.01) == {0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(temperature=-1), "temperature must be ≥ 0, got -1"),
+        (dict(top_k=0), "top_k must be ≥ 1, got 0"),
+        (dict(top_p=1.5), "top_p must lie in 0 … 1, got 1.5"),
+    ],
+)
+def test_sampling_options_out_of_range(saved, options, message):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(saved[1]).generate(tokens(1, 3), 2, **options)
+
+
+def test_wrong_ids_are_refused(saved):
+    model = GPT.from_pretrained(saved[1])
+    truth = reference.GPT.from_pretrained(saved[1])
+    for bad, kind, message in (
+        (tokens(1, 3) + 41, ValueError, "must lie in 0 … vocab_size − 1 = 40"),
+        (tokens(1, 3) - 41, ValueError, "must lie in 0 … vocab_size − 1 = 40"),
+        (tokens(1, 3).float(), TypeError, "must be integers"),
+        (tokens(1, 3)[0], ValueError, r"must have shape \(B, T\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            model(bad)
+        with pytest.raises(kind, match=message):
+            truth(bad.numpy())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layers": 2}, "every key must be one of GPT-2's, got 'n_layers'"),
+        ({"activation_function": "silu"}, "activation_function must be one of"),
+        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        ({"add_cross_attention": True}, "add_cross_attention must be False, got True"),
+        ({"n_head": 3}, "n_head must divide n_embd = 16, got 3"),
+        ({"n_layer": None}, "n_layer must be a whole number ≥ 1, got None"),
+        ({"n_embd": 32}, r"must have shape \(96,\), got \(48,\)"),
+        ({"n_layer": 4}, "must hold 'h.3.ln_1.weight', it does not"),
+        ({"n_layer": 2}, "must hold GPT-2's keys only, got 'h.2"),
+    ],
+)
+def test_a_wrong_directory_is_refused(saved, tmp_path, change, message):
+    _, directory = saved
+    config = json.loads((directory / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=message) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [GPT, reference.GPT])
+def test_a_directory_without_weights_is_refused(saved, tmp_path, model):
+    with pytest.raises(FileNotFoundError, match=r"must hold config\.json"):
+        model.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((saved[1] / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"must hold model\.safetensors"):
+        model.from_pretrained(tmp_path)
+
+
+def test_a_config_needs_its_sizes():
+    with pytest.raises(ValueError, match="n_layer must be set"):
+        GPTConfig.from_dict({"n_head": 1})
+    with pytest.raises(ValueError, match="n_embd must be a whole number ≥ 1, got 0"):
+        GPTConfig(n_embd=0)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        GPTConfig(activation="swish")
+
+
+def test_a_failed_save_leaves_nothing(saved, tmp_path, monkeypatch):
+    model = copy.deepcopy(GPT.from_pretrained(saved[1]))
+    monkeypatch.setattr("gaugeblock.gpt.model.save_file", lambda *a, **o: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_are_tokens_here_and_in_transformers(tmp_path):
+    text = "Ein Satz mit Ümläut,\n\tund 日本 🙂 \x00\x7f"
+    tokenizer = ByteTokenizer()
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(GPTConfig(vocab_size=256).to_dict()))
+    ids = list(text.encode())
+    assert tokenizer.encode(text).tolist() == ids
+    assert tokenizer.decode(ids) == text
+    for theirs in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert list(theirs.encode(text)) == ids
+        assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "nowhere", "--prompt", "a"), "nowhere must hold config.json"),
+        (("--model", ".", "--prompt", "a"), "must hold config.json"),
+        (("--prompt", "a"), "--model"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_read(tmp_path, arguments, message):
+    ran = gaugeblock("generate", *arguments, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert list(tmp_path.iterdir()) == []
