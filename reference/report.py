@@ -13,24 +13,42 @@ def console():
     return out if out.is_terminal else Console(width=_LOG_WIDTH)
 
 
-def results_table(results, title):
-    """One line for each case and dtype: its worst tensor, error against budget."""
-    table = Table("kernel", "case", "dtype", "layout", "worst", "error", "budget", "of it", title=title)
+def worst_of(results, keys):
+    """The result closest to or furthest past its budget, for each value of the keys."""
     worst = {}
     for r in results:
-        key = (r.op, r.case, r.dtype, r.layout)
+        key = tuple(getattr(r, k) for k in keys)
         if key not in worst or r.ratio > worst[key].ratio:
             worst[key] = r
-    for key, r in worst.items():
+    return list(worst.values())
+
+
+def worst_table(results, keys=("op", "case"), title=None):
+    """One line for each value of the keys: its worst tensor, error against budget."""
+    table = Table(
+        "kernel", "case", "worst dtype", "layout", "tensor", "error", "budget", "of it", title=title
+    )
+    for r in worst_of(results, keys):
         verdict = f"{100 * r.ratio:.0f}%" if r.passed else f"[bold red]WRONG: {r.kind}[/]"
-        table.add_row(*key, r.output, _figure(r.error), _figure(r.budget), verdict)
+        error, budget = binding(r)
+        table.add_row(
+            r.op, r.case, r.dtype, r.layout, r.output, _figure(error), _figure(budget), verdict
+        )
     return table
+
+
+def binding(r):
+    """(error, budget) of the criterion that comes closest: the worst element's, or the RMS."""
+    if r.error is not None and r.ratio * r.budget > r.error:
+        return r.rms_error, r.rms_budget
+    return r.error, r.budget
 
 
 def print_report(report):
     """The table of a report, its failures in words, and the verdict."""
     out = console()
-    out.print(results_table(report.results, f"{report.op}: {report.candidate}"))
+    title = f"{report.op}: {report.candidate}"
+    out.print(worst_table(report.results, ("case", "dtype", "layout"), title))
     for r in report.failures:
         out.print(f"[bold red]wrong[/] {describe(r)}", highlight=False)
     wrong = len(report.failures)
