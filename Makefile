@@ -6,31 +6,36 @@ PYTHON ?= python3
 ifeq ($(VENV),none)
 RUN := $(PYTHON)
 READY :=
+PARALLEL := $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n auto)
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
+PARALLEL := -n auto
 endif
 
-.PHONY: demo test slow gpu lint clean
+.PHONY: demo test slow gpu readme lint clean
 
 demo: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.demo
 
 test: $(READY)
-	$(RUN) -m pytest -n auto -m "not slow and not gpu"
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 slow: $(READY)
-	$(RUN) -m pytest -n auto -m "slow and not gpu"
+	$(RUN) -m pytest $(PARALLEL) -m "slow and not gpu"
 
 gpu: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.gpu
+
+readme: $(READY)
+	$(RUN) -m gaugeblock.benchmarks.readme
 
 lint: $(READY)
 	$(RUN) -m pip install --quiet --constraint constraints.txt ruff
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 $(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gaugeblock needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; pass PYTHON=…")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gaugeblock needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; pass PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
 	touch $@

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import triton
-
-from gaugeblock import kernels
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import check
 from gaugeblock.reference.oracle.budget import DTYPES
 from gaugeblock.reference.report import console, describe, worst_of, worst_table
+
+from gaugeblock import kernels
 
 
 def parity(device):

@@ -11,9 +11,9 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gaugeblock.reference.catalog import CATALOG
 
 from gaugeblock import kernels, reference
-from gaugeblock.reference.catalog import CATALOG
 
 
 def _attention(q, k, v, *, causal=False, scale=None):
@@ -41,8 +41,7 @@ _TORCH = {
 
 def providers(op, device):
     """{name: function} of the op's implementations on "cpu" or "cuda"."""
-    name, torch_fn = _TORCH[op]
-    found = {name: torch_fn}
+    found = dict([_TORCH[op]]) if op in _TORCH else {}
     if CATALOG[op].kernel is None:
         kernel = getattr(kernels, op)
         found["eager"] = functools.partial(kernel, impl="eager")

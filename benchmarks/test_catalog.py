@@ -7,11 +7,11 @@ eager twins and plain torch.
 import numpy as np
 import pytest
 import torch
-
-from gaugeblock import reference
 from gaugeblock.benchmarks.gate import Wrong, gate
 from gaugeblock.benchmarks.providers import bench_cases, providers, torch_inputs
 from gaugeblock.reference.catalog import CATALOG
+
+from gaugeblock import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
@@ -40,7 +40,9 @@ def test_time(benchmark, op, case, provider, direction):
                 raise
             # somebody else's defect: no time for it, and no failure of ours
             pytest.skip(f"not timed, {provider} is wrong: {wrong}")
-        run = _torch_call(fn, torch_inputs(op, case, getattr(torch, DTYPE), DEVICE), options, direction)
+        run = _torch_call(
+            fn, torch_inputs(op, case, getattr(torch, DTYPE), DEVICE), options, direction
+        )
     itemsize = 8 if provider == "reference" else getattr(torch, DTYPE).itemsize
     benchmark.group = f"{op} {case.name} {direction}"
     benchmark.extra_info.update(

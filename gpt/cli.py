@@ -101,7 +101,5 @@ def generate(
     ids = torch.from_numpy(tokenizer.encode(prompt))[None].to(device)
     if ids.shape[1] == 0:
         raise ValueError("generate: prompt must hold at least one token, got ''")
-    ids = gpt.generate(
-        ids, max_new_tokens, temperature, top_k, top_p, seed=seed, slide=True
-    )
+    ids = gpt.generate(ids, max_new_tokens, temperature, top_k, top_p, seed=seed, slide=True)
     print(tokenizer.decode(ids[0]))

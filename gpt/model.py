@@ -224,9 +224,7 @@ class GPT(nn.Module):
                     f"GPT: idx must lie in 0 … vocab_size − 1 = {V - 1}, got {int(wrong[0])}"
                 )
 
-    def generate(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options
-    ):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **options):
         """The prompt and `max_new_tokens` more; see `gaugeblock.gpt.generate.generate`."""
         from .generate import generate
 

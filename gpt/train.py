@@ -195,9 +195,7 @@ def plot_losses(records, summary, path):
     held_out = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
     held_out.append((records[-1]["step"], summary["held_out_loss"]))
     axes.plot(*zip(*held_out), "o-", ms=4, label="held-out text")
-    entropy = summary["unigram_entropy"]
-    axes.axhline(entropy, color="0.5", ls="--", lw=1, label="unigram entropy")
-    axes.axhline(0.65 * entropy, color="0.5", ls=":", lw=1, label="0.65 × unigram entropy")
+    axes.axhline(summary["unigram_entropy"], color="0.5", ls="--", lw=1, label="unigram entropy")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

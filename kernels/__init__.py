@@ -1,31 +1,36 @@
 """Triton kernels of the GPT family, and `eager`, their plain torch twins.
 
 Every op takes `impl="auto" | "triton" | "eager"`. "auto" is triton on CUDA; on a CPU it is triton
-when the interpreter is on (TRITON_INTERPRET=1 before triton is imported) and eager otherwise.
+when the interpreter is on (TRITON_INTERPRET=1 before triton is imported) and eager otherwise;
+`resolve(op, impl, tensor)` says which.
 
-Nothing heavy is imported before an op is asked for.
+An op is a module `_NAME.py` here. Nothing heavy is imported before one is asked for.
 """
 
 from importlib import import_module
+from pathlib import Path
 
-_HOMES = {
-    "attention": "_attention",
-    "cross_entropy": "_cross_entropy",
-    "ffn": "_ffn",
-    "layer_norm": "_layer_norm",
-    "resolve": "_launch",
-}
+_SHARED = ("_checks", "_launch")
+OPS = tuple(
+    sorted(
+        path.stem[1:]
+        for path in Path(__file__).parent.glob("_[a-z]*.py")
+        if path.stem not in _SHARED
+    )
+)
 
-__all__ = [*_HOMES, "eager"]
+__all__ = [*OPS, "eager", "resolve"]
 
 
 def __getattr__(name):
+    if name in OPS:
+        return getattr(import_module(f"._{name}", __name__), name)
     if name == "eager":
         return import_module(".eager", __name__)
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "resolve":
+        return import_module("._launch", __name__).resolve
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted(__all__)
+    return __all__

@@ -24,9 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import eager
 from ._checks import expect_alike, expect_choice, expect_shape
-from ._launch import accumulator, cast, dot, launch, resolve, tile, tl_accumulator
+from ._launch import accumulator, cast, dot, launch, resolve, tile, tl_accumulator, wide
 
 _LARGEST_HEAD_DIM = 256
 _LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -183,9 +182,7 @@ def _attention_bwd_delta_kernel(
 
 
 @triton.jit
-def _attention_bwd_scores(
-    q, k, v, do, lse, delta, visible, scale_log2e, ACC: tl.constexpr
-):
+def _attention_bwd_scores(q, k, v, do, lse, delta, visible, scale_log2e, ACC: tl.constexpr):
     """p and ds of a tile, queries along rows; both 0 where the mask hides."""
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), ACC))
     p = tl.where(visible, tl.exp2(s * scale_log2e - (lse * _LOG2E)[:, None]), 0.0)
@@ -386,7 +383,7 @@ def _backward(do, dlse, q, k, v, o, lse, causal, bottom_right, scale):
 
 
 def _launch_all(q, k, v, causal=False, align="bottom_right", scale=1.0, return_lse=False):
-    """One forward and backward call straight through the launchers, for ahead-of-time compilation."""
+    """One forward and backward call straight through the launchers, to be compiled."""
     options = causal, align == "bottom_right", scale
     o, lse = _forward(q, k, v, *options)
     return o, _backward(o, lse if return_lse else None, q, k, v, o, lse, *options)
@@ -437,6 +434,33 @@ def _differentiate(ctx, do, dlse):
 _fwd_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def _visible_keys(Tq, Tk, causal=False, align="bottom_right", device=None):
+    """Boolean (Tq, Tk): may query i see key j?"""
+    if not causal:
+        return torch.ones(Tq, Tk, dtype=torch.bool, device=device)
+    shift = Tk - Tq if align == "bottom_right" else 0
+    return torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(shift)
+
+
+def _eager(q, k, v, *, causal=False, align="bottom_right", scale=None, return_lse=False):
+    """The plain torch twin."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    visible = _visible_keys(q.shape[2], k.shape[2], causal, align, q.device)
+    sees, seen = visible.any(1)[:, None], visible.any(0)[:, None]
+    # what nobody sees may hold anything, NaN included
+    q, k, v = (x.where(keep, x.new_zeros(())) for x, keep in ((q, sees), (k, seen), (v, seen)))
+    scores = (scale * (wide(q) @ wide(k).mT)).masked_fill(~visible, -math.inf)
+    # a row without keys has no softmax: any finite scores do, its weights are then set to 0
+    p = scores.masked_fill(~sees, 0.0).softmax(-1).masked_fill(~sees, 0.0)
+    o = (wide(p.to(v.dtype)) @ wide(v)).to(q.dtype)
+    # gives rows that see nothing a zero that passes no NaN gradient back
+    o = o.where(sees, o.new_zeros(()))
+    if not return_lse:
+        return o
+    lse = scores.masked_fill(~sees, 0.0).logsumexp(-1)
+    return o, lse.masked_fill(~sees[:, 0], -math.inf)
+
+
 def attention(
     q, k, v, *, causal=False, align="bottom_right", scale=None, return_lse=False, impl="auto"
 ):
@@ -456,9 +480,7 @@ def attention(
         raise ValueError("attention: Tk must be at least 1, got 0")
     scale = D**-0.5 if scale is None else float(scale)
     if resolve("attention", impl, q) == "eager":
-        return eager.attention(
-            q, k, v, causal=causal, align=align, scale=scale, return_lse=return_lse
-        )
+        return _eager(q, k, v, causal=causal, align=align, scale=scale, return_lse=return_lse)
     if D > _LARGEST_HEAD_DIM:
         raise ValueError(
             f"attention: D must be at most {_LARGEST_HEAD_DIM}, got {D}; use impl='eager'"

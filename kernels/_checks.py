@@ -27,9 +27,11 @@ def expect_alike(op, **tensors):
             raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}; convert it")
         if tensor.dtype != like.dtype:
             raise TypeError(
-                f"{op}: {name} must have {first}'s dtype {like.dtype}, got {tensor.dtype}; convert it"
+                f"{op}: {name} must have {first}'s dtype {like.dtype}, got {tensor.dtype}; "
+                "convert it"
             )
         if tensor.device != like.device:
             raise ValueError(
-                f"{op}: {name} must be on {first}'s device {like.device}, got {tensor.device}; move it"
+                f"{op}: {name} must be on {first}'s device {like.device}, got {tensor.device}; "
+                "move it"
             )

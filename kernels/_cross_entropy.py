@@ -1,7 +1,7 @@
 """Softmax cross-entropy of integer targets.
 
     lse = log Σ_v exp(logits_v)
-    loss = (1 − α)·(lse − logits_target) + α·(lse − mean_v logits_v),   0 where the target is ignored
+    loss = (1 − α)·(lse − logits_target) + α·(lse − mean_v logits_v),   0 where ignored
     dlogits = dloss·(softmax(logits) − (1 − α)·onehot(target) − α/V)
 
 Shapes: logits (..., V) of any strides; targets (...) int; loss () or, for reduction "none", (...).
@@ -19,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import eager
 from ._checks import expect_alike, expect_choice, expect_shape
-from ._launch import accumulator, cast, launch, resolve, tile, tl_accumulator
+from ._launch import accumulator, cast, launch, resolve, tile, tl_accumulator, wide
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -112,7 +111,7 @@ def _backward(dlosses, logits, targets, lse, ignore_index, alpha):
 
 
 def _launch_all(logits, targets, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
-    """One forward and backward call straight through the launchers, for ahead-of-time compilation."""
+    """One forward and backward call straight through the launchers, to be compiled."""
     losses, lse = _forward(logits, targets, ignore_index, label_smoothing)
     return losses, _backward(losses, logits, targets, lse, ignore_index, label_smoothing)
 
@@ -159,6 +158,25 @@ def _differentiate(ctx, dlosses, dlse):
 _fwd_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def _eager(logits, targets, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """The plain torch twin."""
+    kept = targets != ignore_index
+    x = wide(logits)
+    lse = x.logsumexp(-1)
+    picked = x.gather(-1, targets.where(kept, targets.new_zeros(())).long()[..., None])[..., 0]
+    losses = (1 - label_smoothing) * (lse - picked)
+    if label_smoothing:
+        losses = losses + label_smoothing * (lse - x.mean(-1))
+    return _reduce(losses.where(kept, losses.new_zeros(())), kept, reduction)
+
+
+def _reduce(losses, kept, reduction):
+    """ "none", "sum", or the "mean" over the kept ones."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / kept.sum() if reduction == "mean" else losses.sum()
+
+
 def cross_entropy(
     logits, targets, *, ignore_index=-100, label_smoothing=0.0, reduction="mean", impl="auto"
 ):
@@ -172,9 +190,7 @@ def cross_entropy(
     expect_shape("cross_entropy", "targets", targets, "(...)", logits.shape[:-1])
     expect_choice("cross_entropy", "reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(
-            f"cross_entropy: label_smoothing must lie in 0 … 1, got {label_smoothing}"
-        )
+        raise ValueError(f"cross_entropy: label_smoothing must lie in 0 … 1, got {label_smoothing}")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise TypeError(f"cross_entropy: targets must be integers, got {targets.dtype}")
     if targets.device != logits.device:
@@ -190,12 +206,10 @@ def cross_entropy(
                 f"got {int(wrong[0])}"
             )
     if resolve("cross_entropy", impl, logits) == "eager":
-        return eager.cross_entropy(
+        return _eager(
             logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing,
             reduction=reduction,
         )  # fmt: skip
     rows, row_targets = logits.reshape(-1, V), targets.reshape(-1).contiguous()
     losses, _ = _fwd_op(rows, row_targets, ignore_index, float(label_smoothing))
-    return eager.reduce_losses(
-        losses.view(targets.shape), targets != ignore_index, reduction
-    )
+    return _reduce(losses.view(targets.shape), targets != ignore_index, reduction)

@@ -6,9 +6,10 @@
 
 f is tanh-GELU, erf-GELU or ReLU (gradient 0 at 0).
 Shapes: x, y (..., C) of any strides; w1 (C, F); b1 (F,); w2 (F, C); b2 (C,).
-Algorithm: one tiled product kernel with an epilogue: bias and activation (storing z beside a), bias,
-or the product with f'(z). The weight gradients' kernel also sums its right operand's columns, which
-are the bias gradients. Programs run in groups of rows for the L2 cache. No atomics: deterministic.
+Algorithm: one tiled product kernel with an epilogue: bias and activation (storing z beside a),
+bias, or the product with f'(z). The weight gradients' kernel also sums its right operand's columns,
+which are the bias gradients. Programs run in groups of rows for the L2 cache. No atomics:
+deterministic.
 Saved for backward: x, w1, w2, z and a in the storage dtype.
 dtypes: float16, bfloat16, float32 (IEEE products, not TF32), float64.
 Source: Vaswani et al. 2017, section 3.3; Hendrycks and Gimpel 2016, arXiv:1606.08415.
@@ -17,14 +18,18 @@ Source: Vaswani et al. 2017, section 3.3; Hendrycks and Gimpel 2016, arXiv:1606.
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import eager
 from ._checks import expect_alike, expect_choice, expect_shape
 from ._launch import cast, dot, launch, resolve, tile, tl_accumulator
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+ACTIVATIONS = {
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 _SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(math.sqrt(2 / math.pi))
 _SQRT_HALF: tl.constexpr = tl.constexpr(math.sqrt(0.5))
@@ -66,7 +71,8 @@ def _ffn_product_kernel(
     a_ptr, b_ptr, bias_ptr, z_ptr, c_ptr, sums_ptr,
     stride_am, stride_ak, stride_bk, stride_bn, M, N, K,
     EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SUM_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """c = epilogue(a b); z and c (M, N) contiguous; sums = the column sums of b."""
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -107,7 +113,9 @@ def _ffn_product_kernel(
     tl.store(c_ptr + offs, cast(acc, c_ptr.dtype.element_ty), mask=mask)
     if SUM_COLUMNS:
         # every row of programs has the same sums; the first one writes them
-        tl.store(sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=mask_n & (block_m == 0))
+        tl.store(
+            sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=mask_n & (block_m == 0)
+        )
 
 
 def _product(a, b, *, epilogue="none", activation="none", bias=None, z=None, sums=None):
@@ -147,7 +155,7 @@ def _backward(dy, x, w1, w2, z, a, activation):
 
 
 def _launch_all(x, w1, b1, w2, b2, activation="gelu_tanh"):
-    """One forward and backward call straight through the launchers, for ahead-of-time compilation."""
+    """One forward and backward call straight through the launchers, to be compiled."""
     y, z, a = _forward(x, w1, b1, w2, b2, activation)
     return y, _backward(y, x, w1, w2, z, a, activation)
 
@@ -195,6 +203,12 @@ def _differentiate(ctx, dy, dz, da):
 _fwd_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def _eager(x, w1, b1, w2, b2, activation="gelu_tanh"):
+    """The plain torch twin."""
+    z = F.linear(x, w1.t(), b1)
+    return F.linear(ACTIVATIONS[activation](z), w2.t(), b2)
+
+
 def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, impl="auto"):
     """y = f(x w1 + b1) w2 + b2.
 
@@ -205,11 +219,11 @@ def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, impl="auto"):
     expect_alike("ffn", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     expect_choice("ffn", "activation", activation, ACTIVATIONS)
     expect_shape("ffn", "w1", w1, "(C, F)", (x.shape[-1], None))
-    C, F = w1.shape
-    expect_shape("ffn", "b1", b1, "(F,)", (F,))
-    expect_shape("ffn", "w2", w2, "(F, C)", (F, C))
+    C, n_inner = w1.shape
+    expect_shape("ffn", "b1", b1, "(F,)", (n_inner,))
+    expect_shape("ffn", "w2", w2, "(F, C)", (n_inner, C))
     expect_shape("ffn", "b2", b2, "(C,)", (C,))
     if resolve("ffn", impl, x) == "eager":
-        return eager.ffn(x, w1, b1, w2, b2, activation)
+        return _eager(x, w1, b1, w2, b2, activation)
     rows = x.reshape(-1, C)
     return _fwd_op(rows, w1, b1.contiguous(), w2, b2.contiguous(), activation)[0].view(x.shape)

@@ -1,4 +1,4 @@
-"""What every kernel shares: which implementation runs, how it is launched, and its matrix product."""
+"""What every kernel shares: which implementation runs, how it is launched, products, rounding."""
 
 from collections import Counter
 
@@ -22,8 +22,8 @@ def resolve(op, impl, tensor):
     runs = tensor.is_cuda or INTERPRETED
     if impl == "triton" and not runs:
         raise ValueError(
-            f"{op}: impl='triton' needs a CUDA tensor or Triton's interpreter, got a tensor on "
-            f"{tensor.device}; set TRITON_INTERPRET=1 before triton is imported, or use impl='eager'"
+            f"{op}: impl='triton' needs a CUDA tensor or Triton's interpreter, got one on "
+            f"{tensor.device}; set TRITON_INTERPRET=1 before triton is imported, or impl='eager'"
         )
     if impl == "auto":
         return "triton" if runs else "eager"
@@ -45,6 +45,11 @@ def launch(kernel, programs, *args, **options):
 def accumulator(dtype):
     """The torch dtype of statistics and accumulators: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide(x):
+    """x in its accumulators' dtype."""
+    return x.to(accumulator(x.dtype))
 
 
 def tl_accumulator(dtype):

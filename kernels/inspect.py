@@ -22,10 +22,9 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from gaugeblock.reference.catalog import CATALOG, find
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-
-from gaugeblock.reference.catalog import CATALOG, find
 
 from ._launch import INTERPRETED
 
@@ -38,9 +37,7 @@ TARGETS = {
 # the most shared memory one program may have, in bytes
 _SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 # what counts as a matrix or bulk-copy instruction, by mnemonic
-_COUNTED = re.compile(
-    r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|DMMA|UTMALDG|UTMASTG|UTMAREDG|v_mfma)"
-)
+_COUNTED = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|DMMA|UTMALDG|UTMASTG|UTMAREDG|v_mfma)")
 # a product of 16-bit tiles in Triton's first representation, and its rows
 _HALF_PRODUCT = re.compile(r"tt\.dot .* : tensor<(\d+)x\d+x(?:b?f16)>")
 # stack that the compiler keeps without a spill: alignment, and 3.9's frame on sm_80

@@ -1,29 +1,33 @@
 """The ground truth: every operation and model of the GPT family in NumPy float64.
 
-An operation returns ``(y, cache)``; its ``*_backward(dy, cache)`` returns one gradient for each
-floating input. Nothing here is tiled, fused or tuned: one line of code per line of mathematics.
+An operation `op` of the catalog is a module `_op.py` here: `op(...)` returns `(y, cache)` and
+`op_backward(dy, cache)` one gradient for each floating input. Nothing is tiled, fused or tuned: one
+line of code per line of mathematics.
 """
 
-from ._attention import attention, attention_backward
-from ._cross_entropy import cross_entropy, cross_entropy_backward
-from ._embedding import embedding, embedding_backward
-from ._ffn import ffn, ffn_backward
-from ._gpt import GPT
-from ._layer_norm import layer_norm, layer_norm_backward
-from ._linear import linear, linear_backward
+from importlib import import_module
+from pathlib import Path
 
-__all__ = [
-    "GPT",
-    "attention",
-    "attention_backward",
-    "cross_entropy",
-    "cross_entropy_backward",
-    "embedding",
-    "embedding_backward",
-    "ffn",
-    "ffn_backward",
-    "layer_norm",
-    "layer_norm_backward",
-    "linear",
-    "linear_backward",
-]
+_SHARED = ("_checks", "_gpt", "_rounding")
+_OPS = tuple(
+    sorted(
+        path.stem[1:]
+        for path in Path(__file__).parent.glob("_[a-z]*.py")
+        if path.stem not in _SHARED
+    )
+)
+
+__all__ = ["GPT", *_OPS, *(f"{op}_backward" for op in _OPS)]
+
+
+def __getattr__(name):
+    op = name.removesuffix("_backward")
+    if op in _OPS:
+        return getattr(import_module(f"._{op}", __name__), name)
+    if name == "GPT":
+        return import_module("._gpt", __name__).GPT
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

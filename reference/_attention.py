@@ -28,10 +28,8 @@ def _visible_keys(Tq, Tk, causal=False, align="bottom_right"):
     return np.arange(Tk) <= np.arange(Tq)[:, None] + shift
 
 
-def attention(
-    q, k, v, *, causal=False, align="bottom_right", scale=None, return_lse=False
-):
-    """o = softmax(scale·q kᵀ) v over visible keys  ->  o, cache; ((o, lse), cache) if return_lse."""
+def attention(q, k, v, *, causal=False, align="bottom_right", scale=None, return_lse=False):
+    """o = softmax(scale·q kᵀ) v  ->  o, cache; ((o, lse), cache) with return_lse."""
     q, k, v = floats(q, k, v)
     expect_shape("attention", "q", q, "(B, H, Tq, D)", (None,) * 4)
     B, H, Tq, D = q.shape

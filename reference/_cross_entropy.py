@@ -1,15 +1,15 @@
 """Softmax cross-entropy of integer targets.
 
     lse = log Σ_v exp(logits_v)
-    loss = (1 − α)·(lse − logits_target) + α·(lse − mean_v logits_v),   0 where the target is ignored
+    loss = (1 − α)·(lse − logits_target) + α·(lse − mean_v logits_v),   0 where ignored
     dlogits = dloss·(softmax(logits) − (1 − α)·onehot(target) − α/V)
 
 α is `label_smoothing`. "mean" divides by the number of targets that are not ignored (NaN when there
 is none, as in torch). log(softmax) is never formed.
 
 Shapes: logits (..., V); targets (...) int; loss () or, for reduction "none", (...). dtype float64.
-Source: Szegedy et al. 2015, arXiv:1512.00567, section 7 (smoothing); torch.nn.functional.cross_entropy
-(edges).
+Source: Szegedy et al. 2015, arXiv:1512.00567, section 7 (smoothing); the edges as in
+torch.nn.functional.cross_entropy.
 """
 
 import numpy as np
@@ -28,9 +28,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
     targets = expect_ids("cross_entropy", "targets", targets, V, "V", also=ignore_index)
     expect_choice("cross_entropy", "reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(
-            f"cross_entropy: label_smoothing must lie in 0 … 1, got {label_smoothing}"
-        )
+        raise ValueError(f"cross_entropy: label_smoothing must lie in 0 … 1, got {label_smoothing}")
     alpha = float(label_smoothing)
     kept = targets != ignore_index
     index = np.where(kept, targets, 0)[..., None]

@@ -43,7 +43,7 @@ def ffn_backward(dy, cache):
     dy = floats(dy)
     dz = stored(stored(dy @ w2.T) * _slope(z, activation))
     x, z, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, z, a, dy))
-    dx = (dz @ w1.T).reshape(dz.shape[:-1] + (w1.shape[0],))
+    dx = (dz @ w1.T).reshape((*dz.shape[:-1], w1.shape[0]))
     dz = dz.reshape(z.shape)
     return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0)
 

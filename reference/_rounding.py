@@ -118,9 +118,7 @@ class Rounded(np.ndarray):
         self.arithmetic = getattr(source, "arithmetic", None)
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
-        arithmetic = next(
-            x.arithmetic for x in (*inputs, *(out or ())) if isinstance(x, Rounded)
-        )
+        arithmetic = next(x.arithmetic for x in (*inputs, *(out or ())) if isinstance(x, Rounded))
         inputs = [_plain(x) for x in inputs]
         if out is not None:
             options["out"] = tuple(_plain(x) for x in out)

@@ -53,7 +53,9 @@ def print_report(report):
         out.print(f"[bold red]wrong[/] {describe(r)}", highlight=False)
     wrong = len(report.failures)
     verdict = "right" if report.passed else f"WRONG in {wrong} of {len(report.results)}"
-    out.print(f"{report.op}: {verdict} ({len(report.results)} tensors compared, seed {report.seed})")
+    out.print(
+        f"{report.op}: {verdict} ({len(report.results)} tensors compared, seed {report.seed})"
+    )
 
 
 def describe(r):

@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 import torch
+from gaugeblock.reference.catalog import CATALOG
 
 from gaugeblock import kernels, reference
-from gaugeblock.reference.catalog import CATALOG
 from tests.helpers import python
 
 WRONGS = [

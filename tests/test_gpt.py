@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-from gaugeblock import reference
 from gaugeblock.gpt import GPT, GPTConfig
 from gaugeblock.gpt.generate import sample
 from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from gaugeblock import reference
 from tests.helpers import gaugeblock
 
 SHAPES = {
@@ -149,7 +149,9 @@ def test_generation_with_and_without_a_cache_is_the_same(saved):
     )
     assert torch.equal(cached, theirs)
     assert len(set(cached[0, 5:].tolist())) > 1
-    drawn = [model.generate(idx, 19, seed=s, use_cache=c) for s, c in ((1, True), (1, False), (2, True))]
+    drawn = [
+        model.generate(idx, 19, seed=s, use_cache=c) for s, c in ((1, True), (1, False), (2, True))
+    ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
 
@@ -172,14 +174,19 @@ def test_padding_changes_nothing(saved, side):
     idx, targets = tokens(3, 10), tokens(3, 10, seed=2)
     mask = torch.ones_like(idx)
     for row, pads in enumerate((0, 3, 7)):
-        mask[row, {"left": slice(0, pads), "right": slice(10 - pads, 10), "holes": slice(1, pads)}[side]] = 0
+        mask[
+            row,
+            {"left": slice(0, pads), "right": slice(10 - pads, 10), "holes": slice(1, pads)}[side],
+        ] = 0
     logits, loss = model(idx, targets, attention_mask=mask)
     losses = []
     for row in range(3):
         keep = mask[row] == 1
         alone = theirs(idx[row : row + 1, keep]).logits[0]
         close(logits[row, keep].detach(), alone)
-        losses.append(torch.nn.functional.cross_entropy(alone, targets[row, keep], reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(alone, targets[row, keep], reduction="none")
+        )
     close(loss.detach(), torch.cat(losses).mean())
     assert (logits[mask == 0] == 0).all()
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from gaugeblock.reference.catalog import CATALOG
+
 from tests.helpers import gaugeblock, python
 
 KEYS = {"op", "case", "kernel", "config", "target", "triton", "registers", "spills",
@@ -23,7 +23,9 @@ def test_every_kernel_compiles_for_hopper_without_spills(tmp_path):
     assert all(set(row) >= KEYS for row in rows)
     assert {row["op"] for row in rows} == {n for n, op in CATALOG.items() if op.kernel is None}
     assert all(row["registers"] > 0 and row["spills"] == 0 for row in rows)
-    products = [row for row in rows if row["op"] in ("attention", "ffn") and "delta" not in row["kernel"]]
+    products = [
+        row for row in rows if row["op"] in ("attention", "ffn") and "delta" not in row["kernel"]
+    ]
     assert products
     assert all(row["instructions"].get("HGMMA") for row in products)
 

@@ -4,8 +4,6 @@ import functools
 
 import pytest
 import torch
-
-from gaugeblock import kernels
 from gaugeblock.kernels._launch import LAUNCHES
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.adapters import LAYOUTS, TorchAdapter
@@ -13,9 +11,14 @@ from gaugeblock.reference.oracle.budget import DTYPES
 from gaugeblock.reference.oracle.check import Expectation
 from gaugeblock.reference.report import describe
 
+from gaugeblock import kernels
+
 SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 POINTS = [
-    pytest.param(op, case, dtype, layout, impl, id=f"{op.name}-{case.name}-{SHORT[dtype]}-{layout}-{impl}")
+    pytest.param(
+        op, case, dtype, layout, impl,
+        id=f"{op.name}-{case.name}-{SHORT[dtype]}-{layout}-{impl}",
+    )
     for op in CATALOG.values()
     if op.kernel is None
     for case in op.select("full")

@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from gaugeblock.gpt import GPT, GPTConfig, TrainConfig, data
 from gaugeblock.gpt.train import learning_rate, optimizer, train
+from PIL import Image
+
 from tests.helpers import gaugeblock, python
 
-SMALL = dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, lr=3e-2, warmup=2, impl="eager")
+SMALL = dict(
+    n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, lr=3e-2, warmup=2, impl="eager"
+)
 
 
 @pytest.fixture
@@ -27,7 +29,10 @@ def config(text, out, **options):
 
 def test_training_learns_and_leaves_a_model(text, tmp_path):
     seen = []
-    summary = train(config(text, tmp_path / "out", steps=300, evaluate_every=100, lr=1e-2, n_embd=32), seen.append)
+    summary = train(
+        config(text, tmp_path / "out", steps=300, evaluate_every=100, lr=1e-2, n_embd=32),
+        seen.append,
+    )
     assert summary["held_out_loss"] < 0.2 * summary["unigram_entropy"]
     assert [r["step"] for r in seen] == list(range(1, 301))
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
@@ -76,7 +81,9 @@ def test_a_resumed_run_is_the_unbroken_run(text, tmp_path):
     train(config(text, tmp_path / "broken", steps=12, checkpoint_every=4, resume=True))
     a, b = (GPT.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")]
+    logs = [
+        (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")
+    ]
     assert [json.loads(r)["loss"] for r in logs[0]] == [json.loads(r)["loss"] for r in logs[1]]
 
 

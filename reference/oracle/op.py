@@ -33,7 +33,7 @@ class Case:
 
     tags:   what it exercises, for selection; "aot" cases are compiled, "bench" cases are timed,
             "full" cases are left out of quick checks.
-    values: {input name: function(array, dims, rng) -> array} where ordinary normal values do not do.
+    values: {input name: function(array, dims, rng) -> array} where normal values do not do.
     """
 
     def __init__(self, name, *, tags=(), values=None, **settings):
@@ -144,9 +144,10 @@ class Op:
             return chosen
         chosen = [case for case in chosen if _matches(expression, self._words(case))]
         if not chosen:
+            words = sorted(set().union(*map(self._words, self.cases)))
             raise ValueError(
                 f"check: expression must select a case of {self.name}, {expression!r} selects "
-                f"none; its words are {', '.join(sorted(set().union(*map(self._words, self.cases))))}"
+                f"none; its words are {', '.join(words)}"
             )
         return chosen
 
@@ -179,9 +180,7 @@ class Op:
 def _matches(expression, words):
     """Evaluate "a and not (b or c)" with each word true when it is among `words`."""
     tokens = expression.replace("(", " ( ").replace(")", " ) ").split()
-    python = " ".join(
-        t if t in ("and", "or", "not", "(", ")") else str(t in words) for t in tokens
-    )
+    python = " ".join(t if t in ("and", "or", "not", "(", ")") else str(t in words) for t in tokens)
     try:
         return bool(eval(python, {"__builtins__": {}}))
     except SyntaxError:
