@@ -195,7 +195,9 @@ _fwd_op.register_autograd(_differentiate, setup_context=_save)
 
 def _eager(x, w, b, eps=1e-5):
     """The plain torch twin."""
-    centred = wide(x) - wide(x).mean(-1, keepdim=True)
+    # widened once: two casts would round, and add, two gradients
+    centred = wide(x)
+    centred = centred - centred.mean(-1, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)
     xhat = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return (wide(w) * xhat + wide(b)).to(x.dtype)

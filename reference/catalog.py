@@ -1,19 +1,30 @@
-"""The op catalog, one row an op: parity, error tests, compilation and benchmarks follow from it."""
+"""The op catalog, one row an op: parity, error tests, compilation and benchmarks follow from it.
+
+Adding an op is a reference module, a kernel module and a row here: CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 
-from . import _attention, _cross_entropy, _embedding, _ffn, _layer_norm, _linear
+from ._attention import _visible_keys
 from .oracle.op import Case, Index, Input, Op, Wrong
 
 
-def _formula(forward):
-    return lambda *inputs, **options: forward(*inputs, **options)[0]
-
-
-def _gradient(forward, backward):
-    return lambda dy, *inputs, **options: backward(dy, forward(*inputs, **options)[1])
+def _row(name, inputs, cases, **rest):
+    """The op whose formula and gradient are `NAME` and `NAME_backward` in `_NAME.py`."""
+    module = import_module(f"._{name}", __package__)
+    forward, backward = getattr(module, name), getattr(module, f"{name}_backward")
+    return Op(
+        name,
+        lambda *arrays, **options: forward(*arrays, **options)[0],
+        inputs,
+        cases,
+        backward=lambda dy, *arrays, **options: backward(dy, forward(*arrays, **options)[1]),
+        **rest,
+    )
 
 
 def _offset_64(x, dims, rng):
@@ -55,16 +66,14 @@ def _repeated_tokens(tokens, dims, rng):
     return tokens % 2
 
 
-LINEAR = Op(
+LINEAR = _row(
     "linear",
-    _formula(_linear.linear),
     {"x": "M K", "w": Input("K N", fan_in="K"), "b": "N"},
     [
         Case("odd", M=5, K=33, N=17),
         Case("one_row", M=1, K=64, N=48),
         Case("cpu_bench", M=512, K=768, N=768, tags=("bench", "cpu")),
     ],
-    backward=_gradient(_linear.linear, _linear.linear_backward),
     outputs={"y": "M N"},
     flops=lambda c, direction: 2 * c.M * c.K * c.N * (1 if direction == "fwd" else 2),
     errors=(
@@ -74,16 +83,14 @@ LINEAR = Op(
     kernel="plain products belong to cuBLAS",
 )
 
-EMBEDDING = Op(
+EMBEDDING = _row(
     "embedding",
-    _formula(_embedding.embedding),
     {"tokens": Index("B T", below="V"), "wte": "V C", "wpe": "P C"},
     [
         Case("odd", B=2, T=7, V=19, P=9, C=13),
         Case("repeated_tokens", B=2, T=11, V=5, P=11, C=8, values={"tokens": _repeated_tokens}),
         Case("cpu_bench", B=8, T=512, V=5003, P=512, C=256, tags=("bench", "cpu")),
     ],
-    backward=_gradient(_embedding.embedding, _embedding.embedding_backward),
     outputs={"y": "B T C"},
     flops=lambda c, direction: c.B * c.T * c.C * (1 if direction == "fwd" else 2),
     errors=(
@@ -100,9 +107,8 @@ EMBEDDING = Op(
     kernel="not yet: torch's embedding serves the model",
 )
 
-LAYER_NORM = Op(
+LAYER_NORM = _row(
     "layer_norm",
-    _formula(_layer_norm.layer_norm),
     {"x": "M N", "w": "N", "b": "N"},
     [
         Case("odd_row", M=5, N=77),
@@ -117,7 +123,6 @@ LAYER_NORM = Op(
         Case("gpt2_xl_width", M=4096, N=1600, tags=("aot", "bench")),
         Case("cpu_bench", M=1024, N=768, tags=("bench", "cpu")),
     ],
-    backward=_gradient(_layer_norm.layer_norm, _layer_norm.layer_norm_backward),
     outputs={"y": "M N"},
     flops=lambda c, direction: c.M * c.N * (8 if direction == "fwd" else 14),
     errors=(
@@ -129,7 +134,7 @@ LAYER_NORM = Op(
 
 def _visible_share(c):
     """The share of the (Tq, Tk) scores that the mask lets through."""
-    return _attention._visible_keys(
+    return _visible_keys(
         c.Tq, c.Tk, getattr(c, "causal", False), getattr(c, "align", "bottom_right")
     ).mean()
 
@@ -140,9 +145,8 @@ def _attention_flops(c, direction):
     return products * 2 * c.B * c.H * c.Tq * c.Tk * c.D * _visible_share(c)
 
 
-ATTENTION = Op(
+ATTENTION = _row(
     "attention",
-    _formula(_attention.attention),
     {"q": "B H Tq D", "k": "B H Tk D", "v": "B H Tk D"},
     [
         Case("full", B=2, H=2, Tq=33, Tk=33, D=16),
@@ -177,7 +181,6 @@ ATTENTION = Op(
         Case("full_1k_d128", B=4, H=16, Tq=1024, Tk=1024, D=128, tags=("aot", "bench")),
         Case("cpu_bench", B=1, H=4, Tq=256, Tk=256, D=64, causal=True, tags=("bench", "cpu")),
     ],
-    backward=_gradient(_attention.attention, _attention.attention_backward),
     outputs={"o": "B H Tq D", "lse": "B H Tq"},
     flops=_attention_flops,
     errors=(
@@ -202,9 +205,8 @@ _FFN_INPUTS = {
     "b2": "C",
 }
 
-FFN = Op(
+FFN = _row(
     "ffn",
-    _formula(_ffn.ffn),
     _FFN_INPUTS,
     [
         Case("odd", M=5, C=33, F=47),
@@ -217,7 +219,6 @@ FFN = Op(
         Case("gpt2_xl_width", M=8192, C=1600, F=6400, tags=("aot", "bench")),
         Case("cpu_bench", M=256, C=256, F=1024, tags=("bench", "cpu")),
     ],
-    backward=_gradient(_ffn.ffn, _ffn.ffn_backward),
     outputs={"y": "M C"},
     flops=_ffn_flops,
     errors=(
@@ -229,9 +230,8 @@ FFN = Op(
     ),
 )
 
-CROSS_ENTROPY = Op(
+CROSS_ENTROPY = _row(
     "cross_entropy",
-    _formula(_cross_entropy.cross_entropy),
     {"logits": "M V", "targets": Index("M", below="V")},
     [
         Case("odd", M=7, V=101),
@@ -255,7 +255,6 @@ CROSS_ENTROPY = Op(
         Case("gpt2_vocabulary", M=8192, V=50257, tags=("aot", "bench")),
         Case("cpu_bench", M=64, V=50257, tags=("bench", "cpu")),
     ],
-    backward=_gradient(_cross_entropy.cross_entropy, _cross_entropy.cross_entropy_backward),
     outputs={"loss": ""},
     flops=lambda c, direction: c.M * c.V * 4,
     errors=(
@@ -266,7 +265,8 @@ CROSS_ENTROPY = Op(
     ),
 )
 
-CATALOG = {op.name: op for op in (EMBEDDING, LINEAR, LAYER_NORM, ATTENTION, FFN, CROSS_ENTROPY)}
+# every row above, by name
+CATALOG = {row.name: row for row in list(globals().values()) if isinstance(row, Op)}
 
 
 def find(name):

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import itertools
+import sys
 
 import pytest
 from gaugeblock.reference.catalog import CATALOG
@@ -27,11 +28,7 @@ EXCEPTIONS = {
     "reference/report.py": {"rich"},
 }
 CLI = {"typer", "rich", "gaugeblock.reference.catalog"}
-STANDARD = {
-    "__future__", "argparse", "collections", "contextlib", "dataclasses", "functools", "importlib",
-    "itertools", "json", "math", "os", "pathlib", "platform", "pydoc_data", "re", "shutil", "subprocess", "sys",
-    "tempfile", "time", "traceback", "types", "warnings",
-}  # fmt: skip
+STANDARD = set(sys.stdlib_module_names)
 
 
 def imports(path):
