@@ -1,0 +1,120 @@
+"""The README's generated parts, the make targets, and what a run without a GPU says."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from gaugeblock.benchmarks import readme
+from gaugeblock.benchmarks.gate import Wrong, gate
+from gaugeblock.benchmarks.providers import bench_cases, providers
+from gaugeblock.kernels import eager
+from gaugeblock.reference.catalog import CATALOG
+
+from tests.helpers import CHECKOUT, gaugeblock, python
+
+
+def test_the_readme_holds_what_the_records_say():
+    text = (CHECKOUT / "README.md").read_text()
+    assert readme.fill(text, readme.parts()) == text
+    record = json.loads((readme.RECORDS / "parity.json").read_text())
+    kernels = {name for name, op in CATALOG.items() if op.kernel is None}
+    assert {r["op"] for r in record["worst"]} == kernels
+    assert record["failures"] == 0
+    for name in kernels:
+        assert f"| {name} |" in text
+
+
+def test_the_readme_names_every_module():
+    tree = (CHECKOUT / "README.md").read_text().split("## The tree")[1]
+    for room in ("gaugeblock", "reference", "kernels", "gpt", "benchmarks"):
+        for path in (CHECKOUT / room).rglob("*.py"):
+            if path.name != "__init__.py":
+                assert f" {path.name} " in tree, path
+
+
+def test_a_generated_part_needs_its_place():
+    with pytest.raises(ValueError, match="must hold <!-- parity -->"):
+        readme.fill("no place", {"parity": "x"})
+    assert (
+        readme.fill("<!-- a -->\nold\n<!-- /a -->", {"a": "new\n"})
+        == "<!-- a -->\nnew\n<!-- /a -->"
+    )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["demo", "test", "slow", "gpu", "readme", "lint"])
+def test_targets_of_make_run_anywhere(target):
+    def commands(*options):
+        ran = subprocess.run(
+            ["make", "--always-make", "--dry-run", *options, target],
+            cwd=CHECKOUT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return ran.stdout
+
+    assert "pip install" in commands()
+    assert "--constraint constraints.txt" in commands()
+    assert "-m venv" not in commands("VENV=none")
+    assert "python3 -m" in commands("VENV=none")
+
+
+def test_make_gpu_says_that_there_is_no_gpu(tmp_path):
+    ran = python("-m", "gaugeblock.benchmarks.gpu", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert ran.returncode == 2
+    assert ran.stdout.count("\n") == 1
+    assert "there must be a CUDA device" in ran.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("op", CATALOG)
+def test_every_op_is_timed_somewhere(op):
+    for device in ("cpu", "cuda"):
+        names = providers(op, device)
+        assert len(names) >= 2 or CATALOG[op].kernel
+        assert ("gaugeblock" in names) == (device == "cuda" and CATALOG[op].kernel is None)
+        assert bench_cases(op, device) or CATALOG[op].kernel
+    for case in CATALOG[op].cases:
+        if "bench" in case.tags:
+            forward = CATALOG[op].flop_count(case), CATALOG[op].byte_count(case, 2)
+            backward = CATALOG[op].flop_count(case, "bwd"), CATALOG[op].byte_count(case, 2, "bwd")
+            assert 0 < forward[0] <= backward[0]
+            assert 0 < forward[1] < backward[1]
+
+
+def test_flops_and_bytes_of_a_known_case():
+    op = CATALOG["attention"]
+    case = next(c for c in op.cases if c.name == "full_1k_d128")
+    assert op.flop_count(case) == 4 * 4 * 16 * 1024 * 1024 * 128
+    assert op.flop_count(case, "bwd") == 2.5 * op.flop_count(case)
+    assert op.byte_count(case, 2) == 4 * (4 * 16 * 1024 * 128) * 2
+    causal = next(c for c in op.cases if c.name == "gpt2_causal_1k")
+    assert op.flop_count(causal) == 4 * 8 * 12 * 64 * 1024 * 1025 / 2
+
+
+def test_a_wrong_provider_gets_no_time():
+    (case,) = bench_cases("layer_norm", "cpu")
+    assert all(r.passed for r in gate("layer_norm", case, "float32", eager.layer_norm, "cpu"))
+    with pytest.raises(Wrong, match="layer_norm cpu_bench float32 contiguous: y"):
+        gate("layer_norm", case, "float32", lambda x, w, b: eager.layer_norm(x, w, b, 1e-2), "cpu")
+
+
+def test_the_door_lists_its_commands_and_its_version():
+    said = gaugeblock("--help")
+    assert said.returncode == 0
+    for command in ("check", "inspect", "train", "generate", "Exit codes"):
+        assert command in said.stdout
+    assert gaugeblock("--version").stdout.startswith("gaugeblock 0.1.")
+    unknown = gaugeblock("chek")
+    assert unknown.returncode == 2
+    assert "chek" in unknown.stderr
+
+
+def test_a_missing_dependency_is_named():
+    ran = python(
+        "-c",
+        "import sys; sys.modules['torch'] = None\n"
+        "from gaugeblock.__main__ import main\n"
+        "main(['check', 'layer_norm', 'os:getcwd'])",
+    )
+    assert ran.returncode == 2
+    assert "pip install 'gaugeblock[kernels]'" in ran.stderr
