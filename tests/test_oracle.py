@@ -11,7 +11,7 @@ from gaugeblock.kernels import eager
 from gaugeblock.kernels._attention import _visible_keys
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Case, Input, Op, check
-from gaugeblock.reference.oracle.budget import DTYPES
+from gaugeblock.reference.oracle.budget import DTYPES, ulp
 from gaugeblock.reference.oracle.check import Expectation
 
 from tests.helpers import gaugeblock
@@ -189,6 +189,35 @@ class _Answers:
             return Answer(np.asarray(x).astype(DTYPES[self.dtype]).astype(np.float64), self.dtype)
 
         return tuple([rounded(x) for x in part] for part in self.exact)
+
+
+def test_an_ulp_too_much_everywhere_passes_the_rows_and_fails_the_rms():
+    def one_more(x, w, b, eps=1e-5):
+        bits = eager.layer_norm(x, w, b, eps).view(torch.int16)
+        return (bits + 1).view(torch.bfloat16)
+
+    report = check("layer_norm", one_more, dtypes=("bfloat16",), backward=False)
+    assert {(r.case, r.kind) for r in report.failures} >= {("odd_row", "rms"), ("offset_64", "rms")}
+    assert {r.kind for r in report.failures} == {"rms"}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, DTYPES["bfloat16"]])
+def test_ulp_is_the_spacing_of_the_dtype(dtype):
+    x = np.array([1.0, 1.5, 2.0, -3.0, 1000.0, 0.1, 2.0**-14, 2.0**-130, 0.0]).astype(dtype)
+    if dtype == np.float16:
+        x = x[:-2]
+    above = np.nextafter(np.abs(x), np.array(np.inf, dtype))
+    spacing = above.astype(np.float64) - np.abs(x).astype(np.float64)
+    np.testing.assert_array_equal(ulp(x.astype(np.float64), dtype), spacing)
+    assert ulp(np.zeros(1), dtype) == ulp(np.full(1, 1e-300), dtype)
+
+
+def test_a_row_that_is_exactly_zero_must_be():
+    def leaking(*inputs, **options):
+        return eager.attention(*inputs, **options) + 1e-30
+
+    report = check("attention", leaking, expression="unseeing_queries", backward=False)
+    assert [(r.case, r.output, r.want) for r in report.failures] == [("unseeing_queries", "o", 0.0)]
 
 
 def rope(x):

@@ -109,7 +109,7 @@ def budget(want, legal, dtype):
 def ulp(x, dtype):
     """Spacing of the dtype's values at |x|."""
     info = ml_dtypes.finfo(dtype)
-    exponent = np.frexp(np.abs(x))[1] - 1
+    exponent = np.where(x == 0, info.minexp, np.frexp(x)[1] - 1)
     return np.ldexp(1.0, np.maximum(exponent, info.minexp) - info.nmant)
 
 
