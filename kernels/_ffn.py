@@ -113,9 +113,8 @@ def _ffn_product_kernel(
     tl.store(c_ptr + offs, cast(acc, c_ptr.dtype.element_ty), mask=mask)
     if SUM_COLUMNS:
         # every row of programs has the same sums; the first one writes them
-        tl.store(
-            sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=mask_n & (block_m == 0)
-        )
+        if block_m == 0:
+            tl.store(sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=mask_n)
 
 
 def _product(a, b, *, epilogue="none", activation="none", bias=None, z=None, sums=None):
