@@ -21,6 +21,7 @@ Source: Dao 2023, arXiv:2307.08691; Milakov and Gimelshein 2018, arXiv:1805.0286
 import math
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -445,20 +446,19 @@ def _visible_keys(Tq, Tk, causal=False, align="bottom_right", device=None):
 def _eager(q, k, v, *, causal=False, align="bottom_right", scale=None, return_lse=False):
     """The plain torch twin."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    visible = _visible_keys(q.shape[2], k.shape[2], causal, align, q.device)
-    sees, seen = visible.any(1)[:, None], visible.any(0)[:, None]
-    # what nobody sees may hold anything, NaN included
-    q, k, v = (x.where(keep, x.new_zeros(())) for x, keep in ((q, sees), (k, seen), (v, seen)))
+    Tq, Tk = q.shape[2], k.shape[2]
+    visible = _visible_keys(Tq, Tk, causal, align, q.device)
+    shift, seen = _shift_and_seen(Tq, Tk, causal, align == "bottom_right")
+    # what nobody sees may hold anything, NaN included: unseen keys are cut off, unseeing queries 0
+    k, v, visible = k[:, :, :seen], v[:, :, :seen], visible[:, :seen]
+    blind = min(-shift, Tq) if causal and shift < 0 else 0
+    q, visible = q[:, :, blind:], visible[blind:]
     scores = (scale * (wide(q) @ wide(k).mT)).masked_fill(~visible, -math.inf)
-    # a row without keys has no softmax: any finite scores do, its weights are then set to 0
-    p = scores.masked_fill(~sees, 0.0).softmax(-1).masked_fill(~sees, 0.0)
-    o = (wide(p.to(v.dtype)) @ wide(v)).to(q.dtype)
-    # gives rows that see nothing a zero that passes no NaN gradient back
-    o = o.where(sees, o.new_zeros(()))
+    o = (wide(scores.softmax(-1).to(v.dtype)) @ wide(v)).to(q.dtype)
+    o = F.pad(o, (0, 0, blind, 0))
     if not return_lse:
         return o
-    lse = scores.masked_fill(~sees, 0.0).logsumexp(-1)
-    return o, lse.masked_fill(~sees[:, 0], -math.inf)
+    return o, F.pad(scores.logsumexp(-1), (blind, 0), value=-math.inf)
 
 
 def attention(

@@ -10,7 +10,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def python(*arguments, cwd=CHECKOUT, **environment):
     """Run this Python in a process of its own; variables set to None are removed."""
-    env = {**os.environ, "TRITON_INTERPRET": None, "PYTHONPATH": str(CHECKOUT), **environment}
+    threads = {"OMP_NUM_THREADS": "1"}  # the workers share the cores
+    env = {**os.environ, **threads, "TRITON_INTERPRET": None, "PYTHONPATH": str(CHECKOUT)}
+    env |= environment
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
