@@ -6,23 +6,20 @@ PYTHON ?= python3
 ifeq ($(VENV),none)
 RUN := $(PYTHON)
 READY :=
-PARALLEL := $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n auto)
+PARALLEL := $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n auto")
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 PARALLEL := -n auto
 endif
 
-.PHONY: demo test slow gpu readme lint clean
+.PHONY: demo test gpu readme lint clean
 
 demo: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.demo
 
 test: $(READY)
 	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu"
-
-slow: $(READY)
-	$(RUN) -m pytest $(PARALLEL) -m "slow and not gpu"
 
 gpu: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.gpu

@@ -1,8 +1,8 @@
 """Triton kernels of the GPT family, and `eager`, their plain torch twins.
 
 Every op takes `impl="auto" | "triton" | "eager"`. "auto" is triton on CUDA; on a CPU it is triton
-when the interpreter is on (TRITON_INTERPRET=1 before triton is imported) and eager otherwise;
-`resolve(op, impl, tensor)` says which.
+when the interpreter is on (TRITON_INTERPRET=1 before triton is imported) and eager otherwise; for
+float64 it is eager. `resolve(op, impl, tensor)` says which.
 
 An op is a module `_NAME.py` here. Nothing heavy is imported before one is asked for.
 """

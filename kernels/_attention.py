@@ -39,7 +39,8 @@ def _load_rows(
     WHOLE_T: tl.constexpr, WHOLE_D: tl.constexpr,
 ):  # fmt: skip
     """Rows offs_t of a (T, D) matrix, zeros where masked. WHOLE_* promises that a mask is true."""
-    ptrs = ptr + offset + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :] * stride_d
+    ptrs = ptr + offset + offs_t.to(tl.int64)[:, None] * stride_t
+    ptrs += offs_d.to(tl.int64)[None, :] * stride_d
     if WHOLE_T and WHOLE_D:
         return tl.load(ptrs)
     if WHOLE_T:

@@ -26,7 +26,8 @@ def resolve(op, impl, tensor):
             f"{tensor.device}; set TRITON_INTERPRET=1 before triton is imported, or impl='eager'"
         )
     if impl == "auto":
-        return "triton" if runs else "eager"
+        # kernels take scalars such as eps in float32, which float64 users did not ask for
+        return "triton" if runs and tensor.dtype != torch.float64 else "eager"
     return impl
 
 

@@ -11,7 +11,7 @@ is two-pass over values centred twice. Backward: a fixed number of programs each
 write dx and keep a partial dw and db in registers; a second kernel adds the partials in a fixed
 order. Bitwise deterministic.
 Saved for backward: x, w, and mean and rstd in float32.
-dtypes: float16, bfloat16, float32, float64.
+dtypes: float16, bfloat16, float32, float64 (eps passes as float32).
 Source: Ba et al. 2016, arXiv:1607.06450.
 """
 
@@ -28,21 +28,37 @@ _BACKWARD_PROGRAMS = 256
 
 
 @triton.jit
+def _divide(a, b, ACC: tl.constexpr):
+    """a/b, correctly rounded: the compiler's own float32 division may be off by 2 ulp."""
+    if tl.float32 == ACC:
+        return tl.div_rn(a, b.to(tl.float32))
+    return a / b
+
+
+@triton.jit
+def _inverse_root(x, ACC: tl.constexpr):
+    """1/√x, each step correctly rounded."""
+    if tl.float32 == ACC:
+        return tl.div_rn(1.0, tl.sqrt_rn(x))
+    return 1.0 / tl.sqrt(x)
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr,
     stride_xm, stride_xn, N, eps,
     BLOCK_N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
     x = tl.load(x_ptr + row * stride_xm + offs_n * stride_xn, mask=mask_n, other=0.0).to(ACC)
-    mean = tl.sum(x, 0) / N
+    mean = _divide(tl.sum(x, 0), N, ACC)
     centred = tl.where(mask_n, x - mean, 0.0)
     # what rounding left of a large offset goes in a second centring
-    rest = tl.sum(centred, 0) / N
+    rest = _divide(tl.sum(centred, 0), N, ACC)
     centred = tl.where(mask_n, centred - rest, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / N + eps)
+    rstd = _inverse_root(_divide(tl.sum(centred * centred, 0), N, ACC) + eps, ACC)
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     b = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     y = w * (centred * rstd) + b
@@ -59,7 +75,7 @@ def _layer_norm_bwd_dx_kernel(
     PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     dw = tl.zeros((BLOCK_N,), ACC)

@@ -114,6 +114,8 @@ LAYER_NORM = _row(
         Case("odd_row", M=5, N=77),
         Case("one_row", M=1, N=64),
         Case("many_rows", M=67, N=33),
+        # more rows than the backward has programs
+        Case("rows_over_programs", M=300, N=20),
         Case("one_column_over_a_tile", M=3, N=257),
         Case("offset_64", M=7, N=96, values={"x": _offset_64}),
         Case("outlier_row", M=7, N=40, values={"x": _outlier_row}),
@@ -170,6 +172,8 @@ ATTENTION = _row(
             values={"k": _nan_past_queries, "v": _nan_past_queries},
         ),
         Case("one_over_a_tile", B=1, H=1, Tq=65, Tk=65, D=8, causal=True),
+        Case("several_tiles", B=1, H=1, Tq=200, Tk=200, D=16),
+        Case("several_tiles_causal", B=1, H=1, Tq=200, Tk=200, D=16, causal=True),
         Case("scale_negative", B=1, H=1, Tq=19, Tk=19, D=8, causal=True, scale=-0.7),
         Case("scale_zero", B=1, H=1, Tq=9, Tk=18, D=8, scale=0.0),
         Case("scores_spread_by_100", B=1, H=1, Tq=18, Tk=34, D=8, values={"q": _spread_by_100}),
@@ -215,6 +219,8 @@ FFN = _row(
         Case("one_row", M=1, C=16, F=64),
         Case("many_rows", M=70, C=17, F=31),
         Case("one_over_a_tile", M=33, C=65, F=129),
+        # more than one group of 8 tiles of 128 rows
+        Case("rows_over_a_group", M=1100, C=17, F=24),
         Case("gpt2_width", M=8192, C=768, F=3072, tags=("aot", "bench")),
         Case("gpt2_xl_width", M=8192, C=1600, F=6400, tags=("aot", "bench")),
         Case("cpu_bench", M=256, C=256, F=1024, tags=("bench", "cpu")),

@@ -24,6 +24,7 @@ SHAPES = {
     "narrow_ffn": {"n_inner": 20},
     "eps": {"layer_norm_epsilon": 0.1},
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = dict(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=41)
 
 
@@ -204,12 +205,12 @@ def test_the_triton_model_equals_the_eager_one(saved):
     idx, targets = tokens(2, 11), tokens(2, 11, seed=3)
     answers = []
     for impl in ("triton", "eager"):
-        model = ours(saved[1], impl=impl)
-        logits, loss = model(idx, targets)
+        model = ours(saved[1], impl=impl).to(DEVICE)
+        logits, loss = model(idx.to(DEVICE), targets.to(DEVICE))
         loss.backward()
         answers.append([logits, loss, *(p.grad for p in model.parameters())])
     for triton, eager in zip(*answers):
-        # the kernels take their scale in float32
+        # compiled kernels take their scale and eps in float32
         torch.testing.assert_close(triton, eager, rtol=1e-6, atol=1e-7)
 
 

@@ -43,7 +43,7 @@ def test_a_generated_part_needs_its_place():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("target", ["demo", "test", "slow", "gpu", "readme", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "gpu", "readme", "lint"])
 def test_targets_of_make_run_anywhere(target):
     def commands(*options):
         ran = subprocess.run(

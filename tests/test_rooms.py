@@ -36,7 +36,14 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
+        elif isinstance(node, ast.ImportFrom):
+            # the packages a relative import climbs out of; within its room it is free
+            depth = len(path.relative_to(CHECKOUT).parts) - 1
+            if node.level > depth:
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                yield from (f"gaugeblock.{name}" for name in names)
+            if node.level:
+                continue
             if node.module == "gaugeblock":
                 yield from (f"gaugeblock.{alias.name}" for alias in node.names)
             else:
@@ -105,3 +112,15 @@ def test_every_module_is_in_the_catalog():
     reference = importlib.import_module("gaugeblock.reference")
     assert set(kernels.OPS) == {name for name, op in CATALOG.items() if op.kernel is None}
     assert set(reference._OPS) == set(CATALOG)
+
+
+def test_a_relative_import_of_another_room_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_rooms.CHECKOUT", tmp_path)
+    for name, source in (
+        ("kernels/_op.py", "from ._launch import x\nfrom ..gpt import model\nfrom .. import gpt"),
+        ("reference/oracle/op.py", "from .._rounding import x\nfrom ...kernels import eager"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(source)
+    assert list(imports(tmp_path / "kernels/_op.py")) == ["gaugeblock.gpt"] * 2
+    assert list(imports(tmp_path / "reference/oracle/op.py")) == ["gaugeblock.kernels"]
