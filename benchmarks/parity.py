@@ -36,7 +36,7 @@ def main(path):
     out.print(worst_table(results))
     failures = [r for r in results if not r.passed]
     for r in failures:
-        out.print(f"wrong {describe(r)}", highlight=False)
+        print(f"wrong {describe(r)}")
     verdict = f"{len(failures)} WRONG" if failures else "all within their budgets"
     print(f"{len(results)} tensors compared in {', '.join(DTYPES)}: {verdict}")
     record = {

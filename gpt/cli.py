@@ -35,21 +35,20 @@ def train(
     The last tenth of the text is held out. --out becomes a Hugging Face model directory with
     metrics.jsonl, loss.png and train.json beside the weights.
     """
-    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from .model import torch_device
     from .train import TrainConfig
     from .train import train as run
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device(device)
     if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     config = TrainConfig(
         data=tuple(str(path) for path in (*data, *(more or ()))), out=str(out), n_layer=n_layer,
         n_head=n_head, n_embd=n_embd, block_size=block_size, steps=steps, batch_size=batch_size,
         lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, seed=seed,
-        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, device=device,
+        checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, device=str(device),
         dtype=dtype, impl=impl, resume=resume,
     )  # fmt: skip
     columns = (
@@ -69,9 +68,8 @@ def train(
         f"{summary['seconds']:.1f} s, {summary['tokens_per_s']:,.0f} tokens/s"
     )
     print(
-        f"held-out loss {summary['held_out_loss']:.3f} nats a token, "
-        f"{summary['held_out_loss'] / summary['unigram_entropy']:.3f}× the unigram entropy "
-        f"{summary['unigram_entropy']:.3f}"
+        f"held-out loss {summary['held_out_loss']:.3f} nats a token; "
+        f"the unigram entropy of the text is {summary['unigram_entropy']:.3f}"
     )
     print(f"model, metrics.jsonl, train.json and loss.png are in {out}")
 
@@ -91,11 +89,10 @@ def generate(
     """Go on from a prompt. Past the context, generation goes on from its last half."""
     import torch
 
-    from .model import GPT
+    from .model import GPT, torch_device
     from .tokenizer import load_tokenizer
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device(device)
     gpt = GPT.from_pretrained(model, impl=impl).to(device)
     tokenizer = load_tokenizer(model)
     ids = torch.from_numpy(tokenizer.encode(prompt))[None].to(device)

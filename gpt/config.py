@@ -32,13 +32,21 @@ _FIELDS = {
 _FIXED = {"model_type": "gpt2", "add_cross_attention": False, "is_encoder_decoder": False}
 # keys that say nothing about the logits: they are kept and written back
 _FOREIGN = {
-    "architectures", "attn_pdrop", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "embd_pdrop", "eos_token_id", "finetuning_task", "id2label", "initializer_range", "label2id",
-    "n_ctx", "num_labels", "output_attentions", "output_hidden_states", "output_past",
-    "pad_token_id", "prefix", "problem_type", "reorder_and_upcast_attn", "resid_pdrop",
-    "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-    "summary_type", "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "torchscript", "transformers_version", "use_bfloat16", "use_cache",
+    "architectures", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop",
+    "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing",
+    "id2label", "initializer_range", "is_decoder", "label2id", "length_penalty", "max_length",
+    "min_length", "n_ctx", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
+    "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values",
+    "reorder_and_upcast_attn", "repetition_penalty", "resid_pdrop", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
+    "typical_p", "use_bfloat16", "use_cache",
 }  # fmt: skip
 
 
@@ -63,10 +71,14 @@ class GPTConfig:
     foreign: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_inner"):
             value = getattr(self, name)
+            if name == "n_inner" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"GPTConfig: {name} must be a whole number ≥ 1, got {value!r}")
+        if not isinstance(self.eps, (int, float)) or not self.eps >= 0:
+            raise ValueError(f"GPTConfig: eps must be a number ≥ 0, got {self.eps!r}")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"GPTConfig: n_head must divide n_embd = {self.n_embd}, got {self.n_head}"
@@ -83,6 +95,8 @@ class GPTConfig:
         Raises ValueError for a missing key, and for a key or value that changes the mathematics in
         a way that this model does not have.
         """
+        if not isinstance(config, dict):
+            raise ValueError(f"config.json: must hold an object, got {type(config).__name__}")
         config = dict(config)
         for key, value in _FIXED.items():
             got = config.pop(key, value)

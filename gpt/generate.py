@@ -71,8 +71,10 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def _expect_options(max_new_tokens, temperature, top_k, top_p):
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be ≥ 0, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"generate: temperature must be ≥ 0, got {temperature}")
+    if temperature != 0 and not 1e-3 <= temperature <= 1e3:
+        raise ValueError(
+            f"generate: temperature must be 0 or lie in 0.001 … 1000, got {temperature}"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be ≥ 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

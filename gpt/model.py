@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,6 +41,22 @@ def torch_dtype(dtype):
     if dtype not in _DTYPES:
         raise ValueError(f"GPT: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     return _DTYPES[dtype]
+
+
+def torch_device(device):
+    """The device that a name means; "auto" is cuda where there is one.
+
+    Raises ValueError for a device that is absent or holds no values.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise ValueError(
+            f"GPT: device must be one that torch can use here, got {device!r}; use cpu"
+        ) from None
+    return torch.device(device)
 
 
 class Affine(nn.Module):
@@ -171,6 +188,8 @@ class GPT(nn.Module):
         Raises ValueError for shapes, ids out of range (on a CPU) or more than block_size tokens.
         """
         self._expect_ids(idx, 0 if cache is None else cache.length)
+        if attention_mask is not None and cache is not None:
+            raise ValueError("GPT: attention_mask must be None with a cache, got a mask; drop one")
         if attention_mask is None:
             logits = self._logits(idx, cache)
         else:
@@ -248,7 +267,10 @@ class GPT(nn.Module):
                 f"model: {directory} must hold model.safetensors, it does not; "
                 "give a directory that save_pretrained wrote"
             )
-        weights = _plain_keys(load_file(path), config)
+        try:
+            weights = _plain_keys(load_file(path), config)
+        except SafetensorError as error:
+            raise ValueError(f"model.safetensors: must be whole, {path} is not: {error}") from None
         with torch.device("meta"):
             model = cls(config, impl)
         _expect_weights(weights, model.state_dict())
@@ -262,6 +284,8 @@ class GPT(nn.Module):
         The directory is complete or absent: files are written aside and moved into place.
         """
         directory = Path(directory)
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"GPT: directory must be a folder to save to, {directory} is a file")
         config = self.config.to_dict() | {"dtype": str(self.wte.weight.dtype)[len("torch.") :]}
         weights = {
             k if k.startswith("lm_head") else f"transformer.{k}": v.detach().contiguous()
@@ -284,14 +308,15 @@ class written_aside:
         return self.aside
 
     def __exit__(self, error, *_):
-        if error is None:
-            if not self.directory.exists():
+        try:
+            if error is None and not self.directory.exists():
                 self.aside.chmod(0o755)
                 self.aside.rename(self.directory)
-                return
-            for path in self.aside.iterdir():
-                os.replace(path, self.directory / path.name)
-        shutil.rmtree(self.aside)
+            elif error is None:
+                for path in self.aside.iterdir():
+                    os.replace(path, self.directory / path.name)
+        finally:
+            shutil.rmtree(self.aside, ignore_errors=True)
 
 
 def _plain_keys(weights, config):

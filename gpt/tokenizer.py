@@ -42,7 +42,10 @@ class FileTokenizer:
     def __init__(self, path):
         from tokenizers import Tokenizer
 
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"tokenizer.json: must be whole, {path} is not: {error}") from None
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, text):

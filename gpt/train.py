@@ -15,7 +15,7 @@ from gaugeblock import kernels
 
 from . import data
 from .config import GPTConfig
-from .model import GPT, torch_dtype, written_aside
+from .model import GPT, torch_device, torch_dtype, written_aside
 from .tokenizer import ByteTokenizer
 
 
@@ -59,11 +59,18 @@ class TrainConfig:
         for name in ("warmup", "checkpoint_every", "evaluate_every", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train: {name} must be ≥ 0, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"train: lr must be > 0, got {self.lr}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("train: device cuda must be present, torch sees none; use cpu")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"train: lr must lie in 0 … 1, 0 excluded, got {self.lr}")
+        if not self.clip > 0:
+            raise ValueError(f"train: clip must be > 0, got {self.clip}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"train: weight_decay must be ≥ 0, got {self.weight_decay}")
+        torch_device(self.device)
         torch_dtype(self.dtype)
+
+
+# what a resumed run may be told anew: where and how it runs, not what it learns
+_MAY_CHANGE = {"steps", "out", "resume", "device", "impl", "checkpoint_every", "evaluate_every"}
 
 
 def learning_rate(config, step):
@@ -112,7 +119,7 @@ def train(config, report=lambda record: None):
     model.compute_dtype = torch_dtype(config.dtype)
     impl = kernels.resolve("train", config.impl, model.wte.weight)
     adamw = optimizer(model, config)
-    first = _resume(out, model, adamw) if config.resume else 0
+    first = _resume(out, model, adamw, config) if config.resume else 0
 
     out.mkdir(parents=True, exist_ok=True)
     began, records = time.perf_counter(), _kept_records(out / "metrics.jsonl", first)
@@ -124,7 +131,7 @@ def train(config, report=lambda record: None):
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 record["held_out_loss"] = evaluate(model, held_out, config.batch_size)
             if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                _checkpoint(out / "checkpoints" / f"step-{step + 1:06d}", model, adamw, step + 1)
+                _checkpoint(out / "checkpoints" / f"step-{step + 1:06d}", model, adamw, config)
             records.append(record)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -159,11 +166,14 @@ def _step(model, adamw, ids, config, step):
     _, loss = model(x.to(config.device), y.to(config.device))
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    loss = loss.item()
+    if not math.isfinite(loss + norm.item()):
+        raise ValueError(
+            f"train: loss and gradient must stay finite, got {loss} and {norm.item()} at step "
+            f"{step + 1}; lower --lr"
+        )
     adamw.step()
     adamw.zero_grad(set_to_none=True)
-    loss = loss.item()
-    if not math.isfinite(loss):
-        raise ValueError(f"train: loss must stay finite, got {loss} at step {step}; lower --lr")
     return {
         "step": step + 1,
         "loss": loss,
@@ -212,30 +222,38 @@ def _expect_fresh(out, resume):
         )
 
 
-def _checkpoint(directory, model, adamw, step):
+def _checkpoint(directory, model, adamw, config):
     """The model as a Hugging Face directory, with the optimiser's moments beside it."""
     state = adamw.state_dict()["state"]
     tensors = {f"{i}.{name}": t.contiguous() for i, s in state.items() for name, t in s.items()}
     with written_aside(directory) as aside:
         model.save_pretrained(aside)
-        save_file(tensors, aside / "optimizer.safetensors", metadata={"step": str(step)})
+        save_file(tensors, aside / "optimizer.safetensors")
+        (aside / "config.train.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
 
-def _resume(out, model, adamw):
+def _resume(out, model, adamw, config):
     """Load the newest checkpoint into model and optimiser; the number of steps already done."""
     found = sorted((out / "checkpoints").glob("step-*"))
     if not found:
         raise ValueError(f"train: --resume needs a checkpoint, {out} holds none; start without it")
-    saved = GPT.from_pretrained(found[-1])
-    if saved.config.to_dict() | {"dtype": None} != model.config.to_dict() | {"dtype": None}:
-        raise ValueError(f"train: --resume needs the same model sizes as {found[-1]}")
-    model.load_state_dict(saved.state_dict())
+    before = json.loads((found[-1] / "config.train.json").read_text())
+    for name, value in asdict(config).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in _MAY_CHANGE and before[name] != value:
+            raise ValueError(
+                f"train: --resume needs {name} as in {found[-1]}, {before[name]!r}, got {value!r}"
+            )
+    done = int(found[-1].name.removeprefix("step-"))
+    if done >= config.steps:
+        raise ValueError(f"train: --resume needs steps > {done}, already done, got {config.steps}")
+    model.load_state_dict(GPT.from_pretrained(found[-1]).state_dict())
     state = {}
     for key, tensor in load_file(found[-1] / "optimizer.safetensors").items():
         i, name = key.split(".")
         state.setdefault(int(i), {})[name] = tensor
     adamw.load_state_dict({**adamw.state_dict(), "state": state})
-    return int(found[-1].name.removeprefix("step-"))
+    return done
 
 
 def _kept_records(path, steps):

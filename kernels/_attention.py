@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_choice, expect_shape
+from ._checks import expect_alike, expect_choice, expect_dimensions, expect_shape
 from ._launch import accumulator, cast, dot, launch, resolve, tile, tl_accumulator, wide
 
 _LARGEST_HEAD_DIM = 256
@@ -479,6 +479,7 @@ def attention(
     expect_choice("attention", "align", align, ("bottom_right", "top_left"))
     if k.shape[2] < 1:
         raise ValueError("attention: Tk must be at least 1, got 0")
+    expect_dimensions("attention", "q", q, "(B, H, Tq, D)")
     scale = D**-0.5 if scale is None else float(scale)
     if resolve("attention", impl, q) == "eager":
         return _eager(q, k, v, causal=causal, align=align, scale=scale, return_lse=return_lse)

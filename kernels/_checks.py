@@ -12,6 +12,15 @@ def expect_shape(op, name, tensor, rule, shape):
         raise ValueError(f"{op}: {name} must have shape {want}, got {got}")
 
 
+def expect_dimensions(op, name, tensor, rule):
+    """Raise ValueError for a scalar, or a last dimension of length 0."""
+    if tensor.ndim == 0 or tensor.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name} must have shape {rule} with at least one column, "
+            f"got {tuple(tensor.shape)}"
+        )
+
+
 def expect_choice(op, name, value, choices):
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_choice, expect_shape
+from ._checks import expect_alike, expect_choice, expect_dimensions, expect_shape
 from ._launch import accumulator, cast, launch, resolve, tile, tl_accumulator, wide
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -185,8 +185,13 @@ def cross_entropy(
     Shapes: logits (..., V); targets (...) int. "mean" and "sum" give a scalar, "none" (...).
     Raises ValueError for shapes, options or (on a CPU) targets out of range, TypeError for dtypes.
     """
-    V = logits.shape[-1]
     expect_alike("cross_entropy", logits=logits)
+    expect_dimensions("cross_entropy", "logits", logits, "(..., V)")
+    V = logits.shape[-1]
+    if not isinstance(targets, torch.Tensor):
+        raise TypeError(
+            f"cross_entropy: targets must be a torch tensor, got {type(targets).__name__}"
+        )
     expect_shape("cross_entropy", "targets", targets, "(...)", logits.shape[:-1])
     expect_choice("cross_entropy", "reduction", reduction, REDUCTIONS)
     if not 0 <= label_smoothing <= 1:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_choice, expect_shape
+from ._checks import expect_alike, expect_choice, expect_dimensions, expect_shape
 from ._launch import cast, dot, launch, resolve, tile, tl_accumulator
 
 ACTIVATIONS = {
@@ -217,6 +217,7 @@ def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, impl="auto"):
     """
     expect_alike("ffn", x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     expect_choice("ffn", "activation", activation, ACTIVATIONS)
+    expect_dimensions("ffn", "x", x, "(..., C)")
     expect_shape("ffn", "w1", w1, "(C, F)", (x.shape[-1], None))
     C, n_inner = w1.shape
     expect_shape("ffn", "b1", b1, "(F,)", (n_inner,))

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_shape
+from ._checks import expect_alike, expect_dimensions, expect_shape
 from ._launch import accumulator, cast, launch, resolve, tile, tl_accumulator, wide
 
 _LARGEST_ROW = 65_536
@@ -226,6 +226,7 @@ def layer_norm(x, w, b, eps=1e-5, *, impl="auto"):
     Raises ValueError for shapes or devices that do not fit, TypeError for dtypes.
     """
     expect_alike("layer_norm", x=x, w=w, b=b)
+    expect_dimensions("layer_norm", "x", x, "(..., N)")
     expect_shape("layer_norm", "w", w, "(N,)", x.shape[-1:])
     expect_shape("layer_norm", "b", b, "(N,)", x.shape[-1:])
     if resolve("layer_norm", impl, x) == "eager":

@@ -106,12 +106,14 @@ def inspect(ops=(), target="sm_90", dtype="bfloat16"):
     """
     if target not in TARGETS:
         raise ValueError(f"inspect: target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if dtype not in _TORCH:
+        raise ValueError(f"inspect: dtype must be one of {', '.join(_TORCH)}, got {dtype!r}")
     if INTERPRETED:
         raise ValueError("inspect: TRITON_INTERPRET must be off, got 1; unset it")
     chosen = [find(name) for name in ops] or list(CATALOG.values())
-    without = [op.name for op in chosen if op.kernel]
-    if ops and without:
-        raise ValueError(f"inspect: {without[0]} must have a kernel, got none ({chosen[0].kernel})")
+    for op in chosen:
+        if ops and op.kernel:
+            raise ValueError(f"inspect: {op.name} must have a kernel, got none ({op.kernel})")
     rows = []
     for op in chosen:
         for case in op.cases:

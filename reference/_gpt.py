@@ -14,6 +14,7 @@ Source: Radford et al. 2019; the released GPT-2 code.
 import json
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that safetensors asks it for
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -49,6 +50,16 @@ class GPT:
                 f"GPT: config activation_function must be one of {', '.join(_ACTIVATIONS)}, "
                 f"got {activation!r}"
             )
+        for key in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                raise ValueError(
+                    f"GPT: config {key} must be a whole number ≥ 1, got {config.get(key)!r}"
+                )
+        if config["n_embd"] % config["n_head"]:
+            raise ValueError(
+                f"GPT: config n_head must divide n_embd = {config['n_embd']}, "
+                f"got {config['n_head']}"
+            )
         self.n_layer, self.n_head = config["n_layer"], config["n_head"]
         self.n_embd, self.vocab_size = config["n_embd"], config["vocab_size"]
         self.block_size = config["n_positions"]
@@ -71,7 +82,10 @@ class GPT:
                     f"GPT: {directory} must hold {name}, it does not; "
                     "give a directory that save_pretrained wrote"
                 )
-        config = json.loads((directory / "config.json").read_text())
+        try:
+            config = json.loads((directory / "config.json").read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"GPT: config.json must be JSON, it is not: {error}") from None
         weights = load_file(directory / "model.safetensors")
         # older files also store the causal masks as buffers; they are not parameters
         masks = (".attn.bias", ".attn.masked_bias")

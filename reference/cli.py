@@ -38,8 +38,11 @@ def check(
     dtype and the formula. Exit 0: right. 1: wrong. 2: no verdict.
     """
     from .oracle import check as run
+    from .oracle.check import expect_json
     from .report import print_report
 
+    if json:
+        expect_json(json)
     report = run(
         op,
         _load(candidate),
@@ -66,8 +69,9 @@ def _load(name):
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"check: candidate {module} must import, it does not: {error}") from None
+    except (Exception, SystemExit) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"check: candidate {module} must import, it does not: {said}") from None
     for part in function.split("."):
         if not hasattr(found, part):
             raise ValueError(f"check: {module} must define {function}, it does not")

@@ -1,6 +1,7 @@
 """Reports for a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 # where nothing tells the width, as in a log, a table must not be folded at 80 columns
@@ -47,10 +48,12 @@ def binding(r):
 def print_report(report):
     """The table of a report, its failures in words, and the verdict."""
     out = console()
-    title = f"{report.op}: {report.candidate}"
+    title = escape(f"{report.op}: {report.candidate}")
     out.print(worst_table(report.results, ("case", "dtype", "layout"), title))
     for r in report.failures:
-        out.print(f"[bold red]wrong[/] {describe(r)}", highlight=False)
+        out.print(f"[bold red]wrong[/] {escape(describe(r))}", highlight=False)
+    for line in report.not_checked:
+        out.print(f"not checked: {escape(line)}", highlight=False)
     wrong = len(report.failures)
     verdict = "right" if report.passed else f"WRONG in {wrong} of {len(report.results)}"
     out.print(

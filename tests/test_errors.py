@@ -94,6 +94,21 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused():
     assert last.startswith("ValueError: layer_norm: impl='triton' needs a CUDA tensor")
 
 
+def test_scalars_and_empty_columns_are_refused():
+    none, scalar = torch.zeros(2, 0), torch.zeros(())
+    for impl in ("triton", "eager"):
+        for x in (none, scalar):
+            with pytest.raises(ValueError, match=r"layer_norm: x must have shape \(\.\.\., N\)"):
+                kernels.layer_norm(x, none[0], none[0], impl=impl)
+            with pytest.raises(ValueError, match=r"cross_entropy: logits must have shape"):
+                kernels.cross_entropy(x, torch.zeros(2, dtype=torch.long), impl=impl)
+        q = torch.zeros(1, 1, 2, 0)
+        with pytest.raises(ValueError, match="attention: q must have shape"):
+            kernels.attention(q, q, q, impl=impl)
+    with pytest.raises(TypeError, match="targets must be a torch tensor, got list"):
+        kernels.cross_entropy(torch.zeros(2, 3), [0, 1])
+
+
 def test_limits_of_the_kernels_are_errors():
     q = torch.zeros(1, 1, 2, 257, device=DEVICE)
     with pytest.raises(ValueError, match="D must be at most 256"):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from gaugeblock.gpt import GPT, GPTConfig
+from gaugeblock.gpt import GPT, GPTConfig, KVCache
 from gaugeblock.gpt.generate import sample
 from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -233,7 +233,7 @@ def test_sampling_options():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(temperature=-1), "temperature must be ≥ 0, got -1"),
+        (dict(temperature=-1), "temperature must be 0 or lie in 0.001 … 1000, got -1"),
         (dict(top_k=0), "top_k must be ≥ 1, got 0"),
         (dict(top_p=1.5), "top_p must lie in 0 … 1, got 1.5"),
     ],
@@ -265,6 +265,8 @@ def test_wrong_ids_are_refused(saved):
         ({"activation_function": "silu"}, "activation_function must be one of"),
         ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
         ({"add_cross_attention": True}, "add_cross_attention must be False, got True"),
+        ({"layer_norm_epsilon": "x"}, "eps must be a number ≥ 0, got 'x'"),
+        ({"n_inner": -4}, "n_inner must be a whole number ≥ 1, got -4"),
         ({"n_head": 3}, "n_head must divide n_embd = 16, got 3"),
         ({"n_layer": None}, "n_layer must be a whole number ≥ 1, got None"),
         ({"n_embd": 32}, r"must have shape \(96,\), got \(48,\)"),
@@ -289,6 +291,60 @@ def test_a_directory_without_weights_is_refused(saved, tmp_path, model):
     (tmp_path / "config.json").write_text((saved[1] / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"must hold model\.safetensors"):
         model.from_pretrained(tmp_path)
+
+
+def test_broken_files_are_refused_in_one_line(saved, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        content = (saved[1] / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+    ByteTokenizer().save(tmp_path)
+    for name, content, message in (
+        ("tokenizer.json", b"{", "tokenizer.json: must be whole"),
+        ("model.safetensors", b"\x00\x01", "model.safetensors: must be whole"),
+        ("config.json", b"{", "config.json: must be JSON"),
+        ("config.json", b"3", "config.json: must hold an object, got int"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        ran = gaugeblock("generate", "--model", tmp_path, "--prompt", "a")
+        assert ran.returncode == 2, ran.stderr
+        assert message in ran.stderr
+        assert ran.stderr.count("\n") == 1
+
+
+def test_keys_that_change_nothing_are_ignored(saved, tmp_path):
+    config = json.loads((saved[1] / "config.json").read_text())
+    config |= {"gradient_checkpointing": False, "is_decoder": False, "do_sample": True, "n_ctx": 24}
+    assert GPTConfig.from_dict(config).to_dict().items() >= config.items()
+
+
+def test_the_reference_reads_bfloat16_and_names_what_is_missing(saved, tmp_path):
+    GPT.from_pretrained(saved[1], dtype="bfloat16").save_pretrained(tmp_path)
+    truth = reference.GPT.from_pretrained(tmp_path)
+    want = GPT.from_pretrained(tmp_path, dtype="float64", impl="eager")(tokens(1, 5))[0]
+    close(truth(tokens(1, 5).numpy()), want)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"n_layer": None}, "n_layer must be a whole number ≥ 1, got None"),
+        ({"n_head": 3}, "n_head must divide n_embd = 16, got 3"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            reference.GPT.from_pretrained(tmp_path)
+
+
+def test_a_cache_takes_no_mask(saved):
+    model = ours(saved[1])
+    idx = tokens(1, 4)
+    with pytest.raises(ValueError, match="attention_mask must be None with a cache"):
+        model(idx, attention_mask=torch.ones_like(idx), cache=KVCache(model, 1))
+
+
+def test_a_save_onto_a_file_is_refused(saved, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="must be a folder to save to"):
+        ours(saved[1]).save_pretrained(tmp_path / "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_config_needs_its_sizes():

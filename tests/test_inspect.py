@@ -63,7 +63,8 @@ def test_a_kernel_that_spills_or_needs_too_much_memory_fails_the_gate():
     ("arguments", "environment", "message"),
     [
         (("norm",), {}, "op must be one of"),
-        (("linear",), {}, "linear must have a kernel, got none"),
+        (("attention", "linear"), {}, "linear must have a kernel, got none (plain products"),
+        (("--dtype", "int8"), {}, "dtype must be one of"),
         (("--target", "sm_75"), {}, "target must be one of"),
         ((), {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET must be off"),
     ],

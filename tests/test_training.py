@@ -93,8 +93,30 @@ def test_resume_needs_a_checkpoint_of_the_same_model(text, tmp_path):
         train(config(text, out, steps=2, resume=True))
     assert not out.exists()
     train(config(text, out, steps=2, checkpoint_every=2))
-    with pytest.raises(ValueError, match="--resume needs the same model sizes"):
-        train(config(text, out, steps=4, resume=True, n_embd=32))
+    for changed, message in (
+        (dict(n_embd=32), "--resume needs n_embd as in .*, 16, got 32"),
+        (dict(seed=5), "--resume needs seed as in .*, 0, got 5"),
+        (dict(steps=2), "--resume needs steps > 2, already done, got 2"),
+    ):
+        options = dict(steps=4, checkpoint_every=2, resume=True) | changed
+        with pytest.raises(ValueError, match=message):
+            train(config(text, out, **options))
+
+
+def test_a_run_that_diverges_stops_before_it_spoils_the_weights(text, tmp_path, monkeypatch):
+    norms = iter([torch.tensor(1.0), torch.tensor(1.0), torch.tensor(float("nan"))])
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *a: next(norms))
+    with pytest.raises(ValueError, match="must stay finite, got .* and nan at step 3"):
+        train(config(text, tmp_path / "out", steps=9, checkpoint_every=1))
+    saved = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
+    assert saved == ["step-000001", "step-000002"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_text_of_one_letter_trains(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 2000)
+    ran = gaugeblock("train", "--data", "a.txt", "--out", "out", *GOOD, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_learning_rate_climbs_and_falls():
@@ -163,8 +185,15 @@ GOOD = ("--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "8",
         (b"too short", (), "text must be longer than block_size"),
         (b"a b c " * 100, ("--n-head", "3"), "n_head must divide n_embd = 8, got 3"),
         (b"a b c " * 100, ("--steps", "0"), "steps must be ≥ 1, got 0"),
-        (b"a b c " * 100, ("--lr", "0"), "lr must be > 0"),
-        (b"a b c " * 100, ("--device", "cuda"), "device cuda must be present"),
+        (b"a b c " * 100, ("--lr", "0"), "lr must lie in 0 … 1"),
+        (
+            b"a b c " * 100,
+            ("--device", "cuda"),
+            "device must be one that torch can use here, got 'cuda'",
+        ),
+        (b"a b c " * 100, ("--device", "tpu"), "device must be one that torch can use here"),
+        (b"a b c " * 100, ("--clip", "-1"), "clip must be > 0, got -1"),
+        (b"a b c " * 100, ("--weight-decay", "-1"), "weight_decay must be ≥ 0, got -1"),
         (b"a b c " * 100, ("--dtype", "int8"), "dtype must be one of"),
         (b"a b c " * 100, ("--impl", "triton"), "impl='triton' needs a CUDA tensor"),
         (b"a b c " * 100, ("--checkpoint-each", "3"), "--checkpoint-each"),

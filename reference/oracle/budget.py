@@ -94,8 +94,14 @@ def budget(want, legal, dtype):
     for result in legal:
         with np.errstate(over="ignore"):
             rounded = np.asarray(result).astype(dtype).astype(np.float64).reshape(want.shape)
-        with np.errstate(invalid="ignore"):
+        # a run that overflows where the exact value does not is no legal computation of it
+        if np.isfinite(rounded[finite]).all():
             errors.append(np.abs(np.where(finite, rounded, 0.0) - exact))
+    if not errors:
+        raise ValueError(
+            f"budget: a legal computation in {dtype} must stay finite where the result is, none "
+            "does; give the case smaller values"
+        )
     own = np.max(errors, axis=0).max(-1, initial=0.0, keepdims=True)
     magnitude = np.abs(exact).max(-1, initial=0.0, keepdims=True)
     live = magnitude > 0

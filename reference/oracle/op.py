@@ -183,7 +183,7 @@ def _matches(expression, words):
     python = " ".join(t if t in ("and", "or", "not", "(", ")") else str(t in words) for t in tokens)
     try:
         return bool(eval(python, {"__builtins__": {}}))
-    except SyntaxError:
+    except (SyntaxError, TypeError):
         raise ValueError(
             f"check: expression must join words with and, or, not, got {expression!r}"
         ) from None
