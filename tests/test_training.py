@@ -106,7 +106,7 @@ def test_resume_needs_a_checkpoint_of_the_same_model(text, tmp_path):
 def test_a_run_that_diverges_stops_before_it_spoils_the_weights(text, tmp_path, monkeypatch):
     norms = iter([torch.tensor(1.0), torch.tensor(1.0), torch.tensor(float("nan"))])
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *a: next(norms))
-    with pytest.raises(ValueError, match="must stay finite, got .* and nan at step 3"):
+    with pytest.raises(ValueError, match=r"must stay finite, got .* and nan at step 3"):
         train(config(text, tmp_path / "out", steps=9, checkpoint_every=1))
     saved = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
     assert saved == ["step-000001", "step-000002"]
