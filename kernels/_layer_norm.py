@@ -31,7 +31,8 @@ _BACKWARD_PROGRAMS = 256
 def _divide(a, b, ACC: tl.constexpr):
     """a/b, correctly rounded: the compiler's own float32 division may be off by 2 ulp."""
     if tl.float32 == ACC:
-        return tl.div_rn(a, b.to(tl.float32))
+        # a size of 1 arrives as a constant, which has no .to
+        return tl.div_rn(a, b * 1.0)
     return a / b
 
 

@@ -113,6 +113,7 @@ LAYER_NORM = _row(
     [
         Case("odd_row", M=5, N=77),
         Case("one_row", M=1, N=64),
+        Case("one_column", M=3, N=1, tags=("degenerate",)),
         Case("many_rows", M=67, N=33),
         # more rows than the backward has programs
         Case("rows_over_programs", M=300, N=20),

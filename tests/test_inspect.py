@@ -59,6 +59,23 @@ def test_a_kernel_that_spills_or_needs_too_much_memory_fails_the_gate():
     assert ran.returncode == 0, ran.stderr
 
 
+def test_sizes_of_one_compile():
+    """Triton turns an argument of 1 into a constant, which the interpreter does not."""
+    script = (
+        "import gaugeblock.kernels.inspect as inspect\n"
+        "from gaugeblock.reference.catalog import CATALOG\n"
+        "from gaugeblock.reference.oracle import Case\n"
+        "for name, op in CATALOG.items():\n"
+        "    if op.kernel is None:\n"
+        "        case = Case('ones', **dict.fromkeys(op.dims(op.cases[0]), 1))\n"
+        "        for dtype in ('bfloat16', 'float32'):\n"
+        "            kept = inspect._launches(op, case, 'sm_90', dtype)\n"
+        "            assert len(kept) >= 2, name\n"
+    )
+    ran = python("-c", script)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

@@ -76,8 +76,9 @@ def mutant_one_pass_variance(x, w, b, eps=1e-5):
 
 def mutant_unbiased_variance(x, w, b, eps=1e-5):
     x32 = x.float()
-    var, mean = torch.var_mean(x32, -1, correction=1, keepdim=True)
-    return ((x32 - mean) * torch.rsqrt(var + eps) * w.float() + b.float()).to(x.dtype)
+    centred = x32 - x32.mean(-1, keepdim=True)
+    var = centred.square().sum(-1, keepdim=True) / max(x.shape[-1] - 1, 1)
+    return (centred * torch.rsqrt(var + eps) * w.float() + b.float()).to(x.dtype)
 
 
 def mutant_no_eps(x, w, b, eps=1e-5):
