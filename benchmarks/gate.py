@@ -6,9 +6,9 @@ import functools
 
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.adapters import TorchAdapter
-from gaugeblock.reference.oracle.check import Expectation
+from gaugeblock.reference.oracle.expectation import Expectation
 from gaugeblock.reference.oracle.op import Case
-from gaugeblock.reference.report import describe
+from gaugeblock.reference.oracle.result import describe
 
 # Rows, batches and heads are independent: so many of them keep the float64 reference to seconds.
 # Widths, lengths, head dimensions, vocabularies and options stay those that are timed.
@@ -23,7 +23,7 @@ class Wrong(AssertionError):
 def _expectation(op, case, dtype):
     row = CATALOG[op]
     sizes = {k: min(v, _MOST.get(k, v)) for k, v in row.dims(case).items()}
-    small = Case(case.name, values=case.values, tags=case.tags, **{**case.settings, **sizes})
+    small = Case(case.name, values=case.values, tags=case.tags, shapes=case.shapes, **{**case.settings, **sizes})
     return Expectation(row, small, dtype)
 
 

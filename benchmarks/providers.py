@@ -68,6 +68,10 @@ def torch_inputs(op, case, dtype, device):
     drawn = row.draw(case, np.random.default_rng(0))
     tensors = []
     for name, x in drawn.items():
+        if x is None:
+            tensors.append(None)
+            continue
         t = torch.from_numpy(x).to(device)
-        tensors.append(t.to(dtype).requires_grad_() if name in row.floating() else t)
+        t = t.to(dtype) if name in row.floating() else t
+        tensors.append(t.requires_grad_(name in row.differentiable()))
     return tensors

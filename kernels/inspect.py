@@ -134,8 +134,8 @@ def _launches(op, case, target, dtype):
     with FakeTensorMode(), _compiling(TARGETS[target]) as kept:
         inputs = [
             torch.empty(
-                op.shape(spec.shape, dims),
-                dtype=_TORCH[dtype] if name in op.floating() else torch.int64,
+                op.shape(op.spec(case, name), dims),
+                dtype=_TORCH[dtype] if name in op.floating() else getattr(torch, spec.dtype),
                 device="cuda",
             )
             for name, spec in op.inputs.items()

@@ -1,14 +1,14 @@
 """The ground truth: every operation and model of the GPT family in NumPy float64.
 
 An operation `op` of the catalog is a module `_op.py` here: `op(...)` returns `(y, cache)` and
-`op_backward(dy, cache)` one gradient for each floating input. Nothing is tiled, fused or tuned: one
-line of code per line of mathematics.
+`op_backward(dy, cache)` one gradient for each floating input, where the op has any. Nothing is
+tiled, fused or tuned: one line of code per line of mathematics.
 """
 
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = ("_checks", "_gpt", "_rounding")
+_SHARED = ("_checks", "_gpt", "_philox", "_rounding")
 _OPS = tuple(
     sorted(
         path.stem[1:]
@@ -17,7 +17,10 @@ _OPS = tuple(
     )
 )
 
-__all__ = ["GPT", *_OPS, *(f"{op}_backward" for op in _OPS)]
+# an update and a choice have no gradient
+_WITHOUT_GRADIENT = ("adamw", "sample")
+
+__all__ = ["GPT", *_OPS, *(f"{op}_backward" for op in _OPS if op not in _WITHOUT_GRADIENT)]
 
 
 def __getattr__(name):

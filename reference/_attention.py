@@ -1,72 +1,194 @@
-"""Scaled dot-product attention with a causal or no mask.
+"""Scaled dot-product attention over the keys that a mask lets through.
 
     s = scale·q kᵀ where key j is visible to query i, else −∞
-    p = softmax(s),   o = p v,   lse = log Σ exp(s)
-    dv = pᵀ do,   dp = do vᵀ,   ds = p ⊙ (dp − rowsum(do ⊙ o) + dlse)
-    dq = scale·ds k,   dk = scale·dsᵀ q
+    p = softmax(s),   p̃ = p ⊙ keep/(1 − dropout),   o = p̃ v,   lse = log Σ exp(s)
+    dv = p̃ᵀ do,   dp = (do vᵀ) ⊙ keep/(1 − dropout)
+    ds = p ⊙ (dp − rowsum(do ⊙ o) + dlse),   dq = scale·ds k,   dk = scale·dsᵀ q
 
-Causal: query i sees keys j ≤ i', with i' = i + Tk − Tq (`align="bottom_right"`, the meaning of a
-key/value cache) or i' = i (`align="top_left"`). A query that sees nothing gives o = 0, lse = −∞ and
-no gradient; a key that no query sees changes nothing, whatever it holds.
+Row b has n = lengths[b] keys (Tk without lengths). Query i stands at i' = i + n − Tq
+(`align="bottom_right"`, the meaning of a key/value cache) or at i' = i (`align="top_left"`).
+Causal: it sees keys j ≤ i'. A window of w keeps j > i' − w and, where not causal, |i' − j| < w;
+keys j < global_tokens are exempt from the window. `cu_seqlens` packs documents along T: each sees
+itself alone, and positions count from its start. Query head h reads key head h // (H // Hkv).
 
-Shapes: q, o (B, H, Tq, D); k, v (B, H, Tk, D); lse (B, H, Tq). dtype float64.
+A query that sees nothing gives o = 0, lse = −∞ and no gradient; a key that no query sees changes
+nothing, whatever it holds. Dropout keeps score ((b·H + h)·Tq + i)·Tk + j as `dropout` keeps an
+element of that index.
+
+Shapes: q, o (B, H, Tq, D); k, v (B, Hkv, Tk, D); lse (B, H, Tq); lengths (B,); cu_seqlens (n + 1,).
+dtype float64.
 Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; the backward as in Dao et al. 2022,
-arXiv:2205.14135, appendix B.
+arXiv:2205.14135, appendix B; windows and global tokens as in Beltagy et al. 2020, arXiv:2004.05150;
+grouped heads as in Ainslie et al. 2023, arXiv:2305.13245.
 """
 
 import numpy as np
 
 from ._checks import expect_choice, expect_shape
-from ._rounding import floats, rescaled, stored
+from ._philox import expect_dropout, keep_mask
+from ._rounding import floats, otherwise, rescaled, stored
 
 
-def _visible_keys(Tq, Tk, causal=False, align="bottom_right"):
-    """Boolean (Tq, Tk): may query i see key j?"""
-    if not causal:
-        return np.ones((Tq, Tk), bool)
-    shift = Tk - Tq if align == "bottom_right" else 0
-    return np.arange(Tk) <= np.arange(Tq)[:, None] + shift
+def visible_keys(
+    Tq,
+    Tk,
+    *,
+    causal=False,
+    align="bottom_right",
+    window=None,
+    global_tokens=0,
+    lengths=None,
+    cu_seqlens=None,
+    queries=None,
+    keys=None,
+):
+    """Boolean (B or 1, 1, Tq, Tk): may query i see key j? `queries`, `keys` choose some."""
+    i = (np.arange(Tq) if queries is None else np.asarray(queries))[:, None]
+    j = np.arange(Tk) if keys is None else np.asarray(keys)
+    n = np.array(Tk) if lengths is None else np.asarray(lengths, np.int64)[:, None, None]
+    shift = n - Tq if align == "bottom_right" else 0
+    visible = np.broadcast_to(j < n, np.broadcast_shapes(np.shape(n), (1, len(i), len(j))))
+    if cu_seqlens is not None:
+        starts = np.asarray(cu_seqlens, np.int64)
+        document_i, document_j = (np.searchsorted(starts, t, side="right") for t in (i, j))
+        visible = visible & (document_i == document_j)
+        shift, i, j = 0, i - starts[document_i - 1], j - starts[document_j - 1]
+    if causal:
+        visible = visible & (j <= i + shift)
+    if window is not None:
+        near = j > i + shift - window
+        if not causal:
+            near = near & (j < i + shift + window)
+        visible = visible & (near | (j < global_tokens))
+    return visible[:, None]
 
 
-def attention(q, k, v, *, causal=False, align="bottom_right", scale=None, return_lse=False):
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    align="bottom_right",
+    window=None,
+    global_tokens=0,
+    lengths=None,
+    cu_seqlens=None,
+    scale=None,
+    dropout=0.0,
+    seed=0,
+    return_lse=False,
+):
     """o = softmax(scale·q kᵀ) v  ->  o, cache; ((o, lse), cache) with return_lse."""
     q, k, v = floats(q, k, v)
-    expect_shape("attention", "q", q, "(B, H, Tq, D)", (None,) * 4)
-    B, H, Tq, D = q.shape
-    expect_shape("attention", "k", k, "(B, H, Tk, D)", (B, H, None, D))
-    expect_shape("attention", "v", v, "(B, H, Tk, D)", k.shape)
-    expect_choice("attention", "align", align, ("bottom_right", "top_left"))
-    if k.shape[2] < 1:
-        raise ValueError("attention: Tk must be at least 1, got 0")
+    _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens)
+    expect_dropout("attention", "dropout", dropout, seed)
+    (_, H, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
     scale = D**-0.5 if scale is None else float(scale)
 
-    visible = _visible_keys(Tq, k.shape[2], causal, align)
-    sees, seen = visible.any(1)[:, None], visible.any(0)[:, None]
+    visible = visible_keys(
+        Tq, Tk, causal=causal, align=align, window=window, global_tokens=global_tokens,
+        lengths=lengths, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    sees, seen = visible.any(-1, keepdims=True), visible.any(-2)[..., None]
     q = np.where(sees, q, 0.0)
-    k = np.where(seen, k, 0.0)
-    v = np.where(seen, v, 0.0)
+    k = np.repeat(np.where(seen, k, 0.0), H // Hkv, axis=1)
+    v = np.repeat(np.where(seen, v, 0.0), H // Hkv, axis=1)
 
-    s = np.where(visible, rescaled(scale * (q @ k.swapaxes(-1, -2))), -np.inf)
-    m = np.where(sees, s.max(-1, keepdims=True), 0.0)
-    total = np.exp(s - m).sum(-1, keepdims=True)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        s = _scores(q, k, visible, scale)
+        m = np.where(sees, s.max(-1, keepdims=True, initial=-np.inf), 0.0)
+        total = np.exp(s - m).sum(-1, keepdims=True)
         lse = m + np.log(total)
-    p = np.exp(s - rescaled(np.where(sees, lse, 0.0)))
-    o = stored(stored(p, unit=total) @ v)
+        lse_seen = np.where(sees, lse, 0.0)
+        p = np.exp(s - rescaled(lse_seen))
+        keep = 1.0
+        if dropout:
+            keep = keep_mask(p.shape, dropout, seed) / (1 - dropout or 1)
+        o = np.where(sees, stored(stored(p, unit=total) * keep @ v), 0.0)
     lse = lse[..., 0]
-    cache = (q, k, v, o, p, total, sees, scale, return_lse)
+    cache = (q, k, v, o, p, lse_seen, keep, visible, scale, Hkv, return_lse)
     return ((o, lse) if return_lse else o), cache
 
 
 def attention_backward(dy, cache):
     """-> dq, dk, dv. dy is do, or (do, dlse) where lse was returned."""
-    q, k, v, o, p, total, sees, scale, return_lse = cache
+    q, k, v, o, p, lse, keep, visible, scale, Hkv, return_lse = cache
+    sees = visible.any(-1, keepdims=True)
+    # nothing of size Tq·Tk is saved in a fused kernel: it computes the scores again
+    p = otherwise(p, lambda: np.exp(_scores(q, k, visible, scale) - rescaled(lse)))
     do, dlse = floats(*dy) if return_lse else (floats(dy), None)
     do = np.where(sees, do, 0.0)
-    dv = stored(p, unit=total).swapaxes(-1, -2) @ do
-    dp = stored(do @ v.swapaxes(-1, -2))
+    dv = (stored(p) * keep).swapaxes(-1, -2) @ do
+    dp = stored(do @ v.swapaxes(-1, -2)) * keep
     delta = (do * o).sum(-1, keepdims=True)
+    delta = otherwise(delta, lambda: (p * dp).sum(-1, keepdims=True))
     if dlse is not None:
         delta = delta - np.where(sees, dlse[..., None], 0.0)
     ds = stored(p * (dp - delta))
-    return scale * (ds @ k), scale * (ds.swapaxes(-1, -2) @ q), dv
+    dq, dk = scale * (ds @ k), scale * (ds.swapaxes(-1, -2) @ q)
+    return dq, _over_groups(dk, Hkv), _over_groups(dv, Hkv)
+
+
+def _scores(q, k, visible, scale):
+    """scale·q kᵀ where visible, else −∞."""
+    return np.where(visible, rescaled(scale * (q @ k.swapaxes(-1, -2))), -np.inf)
+
+
+def _over_groups(dk, Hkv):
+    """The gradients of the query heads that read the same key head, added."""
+    B, H, Tk, D = dk.shape
+    return dk if Hkv == H else dk.reshape(B, Hkv, H // Hkv, Tk, D).sum(2)
+
+
+def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens):
+    expect_shape("attention", "q", q, "(B, H, Tq, D)", (None,) * 4)
+    B, H, Tq, D = q.shape
+    expect_shape("attention", "k", k, "(B, Hkv, Tk, D)", (B, None, None, D))
+    expect_shape("attention", "v", v, "(B, Hkv, Tk, D)", k.shape)
+    expect_choice("attention", "align", align, ("bottom_right", "top_left"))
+    Hkv, Tk = k.shape[1:3]
+    if Tk < 1:
+        raise ValueError("attention: Tk must be at least 1, got 0")
+    if Hkv < 1 or H % Hkv:
+        raise ValueError(f"attention: H must be a multiple of Hkv, got H = {H}, Hkv = {Hkv}")
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: window must be at least 1 (a key itself), got {window}; None has no window"
+        )
+    if global_tokens < 0:
+        raise ValueError(f"attention: global_tokens must be at least 0, got {global_tokens}")
+    if lengths is not None:
+        _expect_lengths(lengths, B, Tk)
+    if cu_seqlens is not None:
+        if lengths is not None:
+            raise ValueError("attention: cu_seqlens must come without lengths, got both; give one")
+        _expect_documents(cu_seqlens, B, Tq, Tk)
+
+
+def _expect_lengths(lengths, B, Tk):
+    expect_shape("attention", "lengths", lengths, "(B,)", (B,))
+    lengths = np.asarray(lengths)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"attention: lengths must be integers, got {lengths.dtype}")
+    wrong = (lengths < 0) | (lengths > Tk)
+    if wrong.any():
+        raise ValueError(
+            f"attention: lengths must lie in 0 … Tk = {Tk}, got {int(lengths[wrong][0])}"
+        )
+
+
+def _expect_documents(cu_seqlens, B, Tq, Tk):
+    expect_shape("attention", "cu_seqlens", cu_seqlens, "(n + 1,)", (None,))
+    starts = np.asarray(cu_seqlens)
+    if starts.dtype.kind not in "iu":
+        raise TypeError(f"attention: cu_seqlens must be integers, got {starts.dtype}")
+    if B != 1 or Tq != Tk:
+        raise ValueError(
+            "attention: q must have shape (1, H, T, D) and k (1, Hkv, T, D) with cu_seqlens, "
+            f"got B = {B}, Tq = {Tq}, Tk = {Tk}"
+        )
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != Tk or (np.diff(starts) < 0).any():
+        raise ValueError(
+            f"attention: cu_seqlens must rise from 0 to T = {Tk}, got {starts.tolist()}"
+        )

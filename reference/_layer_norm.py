@@ -15,7 +15,7 @@ LeVeque 1983.
 import numpy as np
 
 from ._checks import expect_shape
-from ._rounding import floats, refinement
+from ._rounding import floats, otherwise, refinement
 
 
 def layer_norm(x, w, b, eps=1e-5):
@@ -23,18 +23,29 @@ def layer_norm(x, w, b, eps=1e-5):
     x, w, b = floats(x, w, b)
     expect_shape("layer_norm", "w", w, "(C,)", x.shape[-1:])
     expect_shape("layer_norm", "b", b, "(C,)", x.shape[-1:])
-    centred = x - x.mean(-1, keepdims=True)
+    mean = x.mean(-1, keepdims=True)
+    centred = x - mean
     centred = centred - refinement(centred.mean(-1, keepdims=True))
     rstd = 1 / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps)
-    xhat = centred * rstd
-    return w * xhat + b, (xhat, rstd, w)
+    xhat = otherwise(centred * rstd, lambda: x * rstd - mean * rstd)
+    return w * xhat + b, (xhat, rstd, w, x, mean)
 
 
 def layer_norm_backward(dy, cache):
     """-> dx, dw, db."""
-    xhat, rstd, w = cache
+    xhat, rstd, w, _, _ = cache
     dy = floats(dy)
     g = w * dy
-    dx = rstd * (g - g.mean(-1, keepdims=True) - xhat * (g * xhat).mean(-1, keepdims=True))
+    dx = rstd * (g - g.mean(-1, keepdims=True) - xhat * slope(g, cache))
     rows = tuple(range(dy.ndim - 1))
     return dx, (dy * xhat).sum(rows), dy.sum(rows)
+
+
+def slope(g, cache):
+    """mean(g ⊙ x̂)."""
+    xhat, rstd, _, x, mean = cache
+
+    def from_sums():
+        return rstd * ((g * x).mean(-1, keepdims=True) - mean * g.mean(-1, keepdims=True))
+
+    return otherwise((g * xhat).mean(-1, keepdims=True), from_sums)

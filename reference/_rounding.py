@@ -5,18 +5,29 @@ arrays it computes the same formula in float32 with a chosen summation order, an
 storage dtype wherever the formula says `stored(...)`. The oracle derives its error budgets from the
 spread of such runs, so an op needs no second model of itself.
 
-Source of the model: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 3-4.
+Products, quotients and elementary functions are off by a random part of their last place, which
+stands for what legal kernels do differently there: fused multiply-adds, other libraries, the same
+formula with its factors in another order.
+
+Source of the model: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., chapters 3-4;
+the random last place is the stochastic arithmetic of Vignes 1993, Math. Comput. Simul. 35(3).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from scipy.special import erf
 
 _LOG2E = np.float32(np.log2(np.e))
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
+# how far a good implementation may be off, in units of the last place
+_OFF = {
+    np.multiply: 0.5, np.divide: 0.5, np.sqrt: 1.0, np.log: 1.0, np.exp: 1.5, np.exp2: 1.5,
+    np.tanh: 1.5, erf: 1.5,
+}  # fmt: skip
 
 
 @dataclass
@@ -33,6 +44,9 @@ class Arithmetic:
     roads:   elementary functions take the other common road: exp(x) as 2^(x log2 e), tanh through
              exp, erf by a rational function; corrections that a kernel may leave out are left out,
              and subnormal results are flushed to zero, as a GPU's fast functions do.
+    normalised: values marked with a unit of their own (softmax weights) are rounded without it.
+    operand: what the operands of a product keep of their mantissa: "float32" all of it, "tf32" ten
+             bits, rounded to nearest or, as tensor cores do with what they are given, cut off.
     """
 
     storage: np.dtype
@@ -40,6 +54,8 @@ class Arithmetic:
     stores: tuple[bool, ...] = (True,)
     unit: float = 1.0
     roads: bool = False
+    normalised: bool = False
+    operand: str = "float32"
 
     def __post_init__(self):
         self._marks = 0
@@ -57,12 +73,15 @@ class Arithmetic:
     def round(self, x):
         """The nearest values of the storage dtype in this arithmetic's unit, in float32."""
         unit = np.float32(self.unit)
-        with np.errstate(over="ignore"):
-            return (np.asarray(x) * unit).astype(self.storage).astype(np.float32) / unit
+        return saturated(np.asarray(x) * unit, self.storage).astype(np.float32) / unit
 
     def draw_unit(self):
         """Another unit for each value: a kernel that converts twice need not get back."""
         return self._draw.uniform(1, 2)
+
+    def takes_another(self):
+        """Whether the next formula with an equal in exact arithmetic gives way to it."""
+        return bool(self.chunk and self._draw.integers(2))
 
     def rounds_next(self):
         """Whether the formula's next `stored` value is rounded."""
@@ -77,6 +96,8 @@ class Arithmetic:
         return [order[start : start + step] for start in range(0, length, step)]
 
     def matmul(self, a, b):
+        if self.operand == "tf32":
+            a, b = (tf32(x, cut=self.roads) for x in (a, b))
         if not self.chunk or a.shape[-1] == 0 or a.ndim < 2 or b.ndim < 2:
             return np.matmul(a, b)
         total = None
@@ -97,7 +118,21 @@ class Arithmetic:
         return np.expand_dims(total, tuple(axes)) if keepdims else total
 
     def apply(self, ufunc, *inputs, **options):
-        """A ufunc, with the elementary functions that kernels take another road to."""
+        """A ufunc, off by a part of its last place, on the road that this arithmetic takes."""
+        result = self._road(ufunc, *inputs, **options)
+        if not self.chunk or ufunc not in _OFF or options:
+            return result
+        part = _OFF[ufunc] * 2.0**-23 * self._draw.uniform(-1, 1, np.shape(result))
+        return (result * (1 + part)).astype(np.float32)
+
+    def scatter_add(self, out, index, values):
+        """np.add.at, in a random order."""
+        index = np.broadcast_to(index, np.shape(index))
+        order = self._draw.permutation(index.size)
+        rows = np.broadcast_to(values, index.shape + out.shape[1:]).reshape(-1, *out.shape[1:])
+        np.add.at(out, index.reshape(-1)[order], rows[order])
+
+    def _road(self, ufunc, *inputs, **options):
         if self.roads and not options:
             if ufunc is np.exp:
                 return np.exp2(inputs[0] * _LOG2E)
@@ -129,6 +164,8 @@ class Rounded(np.ndarray):
                 result = arithmetic.sum(
                     *inputs, axis=options.get("axis", 0), keepdims=options.get("keepdims", False)
                 )
+            elif method == "at" and ufunc is np.add and inputs[1].dtype.kind in "iu":
+                result = arithmetic.scatter_add(*inputs)
             elif method == "__call__":
                 result = arithmetic.apply(ufunc, *inputs, **options)
             else:
@@ -137,6 +174,24 @@ class Rounded(np.ndarray):
 
     def __array_function__(self, func, types, args, kwargs):
         return _tracked(super().__array_function__(func, types, args, kwargs), self.arithmetic)
+
+
+def saturated(x, dtype):
+    """x in a narrower dtype; eight-bit formats hold their largest value where x is beyond it."""
+    dtype = np.dtype(dtype)
+    if dtype.itemsize == 1:
+        largest = float(ml_dtypes.finfo(dtype).max)
+        x = np.clip(x, -largest, largest)
+    with np.errstate(over="ignore"):
+        return np.asarray(x).astype(dtype)
+
+
+def tf32(x, cut=False):
+    """x with ten bits of mantissa, rounded to nearest or cut off."""
+    bits = np.array(x, np.float32).view(np.uint32)
+    if not cut:
+        bits = np.where(np.isfinite(x), bits + np.uint32(1 << 12), bits)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _plain(x):
@@ -178,7 +233,8 @@ def stored(x, unit=None):
     """
     if not isinstance(x, Rounded) or not x.arithmetic.rounds_next():
         return x
-    unit = 1.0 if unit is None else _plain(np.where(unit == 0, 1.0, unit))
+    whole = unit is None or x.arithmetic.normalised
+    unit = 1.0 if whole else _plain(np.where(unit == 0, 1.0, unit))
     return x.arithmetic.array(x.arithmetic.round(_plain(x) * unit) / unit)
 
 
@@ -193,3 +249,11 @@ def rescaled(x):
 def refinement(x):
     """Mark a correction that is 0 in exact arithmetic, so that a kernel may leave it out."""
     return x * 0 if isinstance(x, Rounded) and x.arithmetic.roads else x
+
+
+def otherwise(x, other):
+    """Mark a value that a kernel may compute by another formula, equal in exact arithmetic.
+
+    other: a function of nothing that computes it so.
+    """
+    return other() if isinstance(x, Rounded) and x.arithmetic.takes_another() else x

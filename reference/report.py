@@ -4,6 +4,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .oracle.result import describe
+
 # where nothing tells the width, as in a log, a table must not be folded at 80 columns
 _LOG_WIDTH = 140
 
@@ -58,19 +60,6 @@ def print_report(report):
     verdict = "right" if report.passed else f"WRONG in {wrong} of {len(report.results)}"
     out.print(
         f"{report.op}: {verdict} ({len(report.results)} tensors compared, seed {report.seed})"
-    )
-
-
-def describe(r):
-    """A failure in one line."""
-    place = f"{r.op} {r.case} {r.dtype} {r.layout}: {r.output}"
-    if r.error is None:
-        return f"{place} {r.hint}"
-    if r.kind == "rms":
-        return f"{place} has RMS error {r.rms_error:.3g}, budget {r.rms_budget:.3g}"
-    return (
-        f"{place}{list(r.index)} is {r.got:.9g}, must be {r.want:.9g}: "
-        f"error {r.error:.3g}, budget {r.budget:.3g}"
     )
 
 

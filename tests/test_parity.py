@@ -8,8 +8,8 @@ from gaugeblock.kernels._launch import INTERPRETED, LAUNCHES
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.adapters import LAYOUTS, TorchAdapter
 from gaugeblock.reference.oracle.budget import DTYPES
-from gaugeblock.reference.oracle.check import Expectation
-from gaugeblock.reference.report import describe
+from gaugeblock.reference.oracle.expectation import Expectation
+from gaugeblock.reference.oracle.result import describe
 
 from gaugeblock import kernels
 
@@ -21,9 +21,10 @@ POINTS = [
     )
     for op in CATALOG.values()
     if op.kernel is None
-    for case in op.select("full")
+    for case in op.select("full", op.supported)
     for dtype in DTYPES
     for layout in LAYOUTS
+    if layout != "bthd"
     for impl in ("triton", "eager")
 ]  # fmt: skip
 

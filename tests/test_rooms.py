@@ -24,7 +24,8 @@ ALLOWED = {
 }  # fmt: skip
 EXCEPTIONS = {
     "kernels/inspect.py": {"gaugeblock.reference.catalog"},
-    "reference/oracle/adapters.py": {"torch"},
+    "reference/oracle/adapters.py": {"torch", "jax", "cupy"},
+    "reference/pytest_plugin.py": {"pytest"},
     "reference/report.py": {"rich"},
 }
 CLI = {"typer", "rich", "gaugeblock.reference.catalog"}
@@ -93,8 +94,9 @@ def test_every_row_has_its_reference_its_kernel_and_its_twin():
     kernels = importlib.import_module("gaugeblock.kernels")
     for name, op in CATALOG.items():
         assert hasattr(reference, name)
-        assert hasattr(reference, f"{name}_backward")
-        assert op.backward is not None
+        if op.differentiable():
+            assert hasattr(reference, f"{name}_backward")
+            assert op.backward is not None
         assert op.flops is not None
         assert op.errors
         assert any(not case.tags & {"degenerate", "aot", "bench"} for case in op.cases)

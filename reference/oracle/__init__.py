@@ -1,6 +1,20 @@
 """The oracle: is this kernel right? Budgets are derived, never set by hand."""
 
-from .check import Report, Result, check
+from .._rounding import refinement, rescaled, stored
+from .check import check
 from .op import Case, Index, Input, Op, Wrong
+from .result import Report, Result
 
-__all__ = ["Case", "Index", "Input", "Op", "Report", "Result", "Wrong", "check"]
+__all__ = [
+    "Case",
+    "Index",
+    "Input",
+    "Op",
+    "Report",
+    "Result",
+    "Wrong",
+    "check",
+    "refinement",
+    "rescaled",
+    "stored",
+]

@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import json
-import traceback
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import signal
+import threading
+from dataclasses import replace
 
-import numpy as np
-
-from .adapters import LAYOUTS, NumpyAdapter, TorchAdapter, WrongForm
-from .budget import DTYPES, budget, evaluate, legal_arithmetics
+from .adapters import LAYOUTS, adapter
+from .budget import precision
+from .expectation import Expectation
+from .memory import cut_batch, examine
 from .op import Op
+from .result import Report
+from .shrink import SECONDS, shrunk
 
 # checked only in functions that declare them
 _OPTIONAL = {"return_lse", "dropout"}
-
-
-@dataclass(frozen=True)
-class Result:
-    """One tensor of one case: its worst element against the budget there, and its RMS error.
-
-    kind is "" where it passed, else exception, form, shape, dtype, nonfinite, row or rms.
-    """
-
-    op: str
-    case: str
-    dtype: str
-    layout: str
-    output: str
-    passed: bool
-    kind: str = ""
-    index: tuple | None = None
-    got: float | None = None
-    want: float | None = None
-    error: float | None = None
-    budget: float | None = None
-    rms_error: float | None = None
-    rms_budget: float | None = None
-    discrimination: float | None = None
-    hint: str = ""
-
-    @property
-    def ratio(self):
-        """Error over budget, the larger of element and RMS: at most 1 where it passed."""
-        if self.error is None:
-            return 0.0 if self.passed else np.inf
-        return max(_ratio(self.error, self.budget), _ratio(self.rms_error, self.rms_budget))
-
-
-@dataclass
-class Report:
-    """What a check found."""
-
-    op: str
-    candidate: str
-    device: str
-    seed: int
-    results: list[Result] = field(default_factory=list)
-    not_checked: list[str] = field(default_factory=list)
-
-    @property
-    def passed(self):
-        return bool(self.results) and not self.failures
-
-    @property
-    def failures(self):
-        return [r for r in self.results if not r.passed]
-
-    def save(self, path):
-        """Write the report as JSON."""
-        path = expect_json(path)
-        document = {**asdict(self), "passed": self.passed}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_plain(document), indent=1) + "\n")
-
-
-def expect_json(path):
-    path = Path(path)
-    if path.suffix != ".json":
-        raise ValueError(f"report: path must end in .json, got {path}")
-    return path
+_COVERED = tuple(layout for layout in LAYOUTS if layout not in ("contiguous", "bthd"))
 
 
 def check(
@@ -94,164 +31,181 @@ def check(
     cases="quick",
     seed=0,
     framework="torch",
-    layouts=("contiguous",),
+    layouts=None,
     expression=None,
+    deterministic=False,
+    batch_invariant=False,
+    timeout=None,
+    shrink=False,
+    memory=True,
+    watch=None,
 ):
     """Check `fn`, which has the op's public signature, against the op's reference.
 
     op:         a name from the catalog, or an `Op`.
     backward:   True for autograd, False for the forward alone, or
                 backward(do, *inputs, **options) -> gradients.
-    dtypes:     of float32, float16, bfloat16.
+    dtypes:     of float32, tf32, float16, bfloat16, e4m3, e5m2; the last two have no gradients.
     cases:      "quick" or "full"; `expression` narrows them by tag ("causal and not window").
-    layouts:    of contiguous, transposed, sliced, broadcast_grad.
-    framework:  "torch" or "numpy".
+    layouts:    of contiguous, transposed, sliced, expanded, offset, broadcast_grad, bthd. By
+                default contiguous and, turn about, one of the others, in "full" all of them. With
+                bthd the candidate takes and gives (B, T, H, D).
+    framework:  "torch", "numpy", "jax" or "cupy".
+    deterministic, batch_invariant: what the candidate claims; its bits are held to it.
+    timeout:    seconds that one call may take. Python code is interrupted; only a process of its
+                own (the command line) stops a call that hangs in native code.
+    shrink:     look for the smallest shape that still fails, 30 s in all.
+    memory:     look also for damage, stale results and unwritten memory, which takes four calls.
+    watch:      context manager entered around every call of the candidate.
     Raises ValueError for a name, dtype, device or expression that selects nothing.
     """
-    if isinstance(op, str):
-        from ..catalog import find
-
-        op = find(op)
-    elif not isinstance(op, Op):
-        raise TypeError(f"check: op must be a catalog name or an Op, got {type(op).__name__}")
-    _expect_known("dtype", dtypes, DTYPES)
-    _expect_known("layout", layouts, LAYOUTS)
-    adapter = _adapter(framework, device, backward)
-    report = Report(op.name, _name(fn), str(device), seed)
-    for case in op.select(cases, expression):
-        undeclared = _OPTIONAL & set(op.options(case)) - _declared(fn)
-        if undeclared:
-            names = ", ".join(sorted(undeclared))
-            report.not_checked.append(f"{case.name}: the candidate does not declare {names}")
-            continue
-        for dtype in dtypes:
-            exact = Expectation(op, case, dtype, seed, backward is not False)
-            for layout in layouts:
-                report.results += exact.judge(adapter, fn, layout)
+    checker = Checker(
+        op, fn, backward=backward, dtypes=dtypes, device=device, cases=cases, seed=seed,
+        framework=framework, layouts=layouts, expression=expression, deterministic=deterministic,
+        batch_invariant=batch_invariant, memory=memory,
+        watch=watch or (lambda: time_limit(timeout)),
+    )  # fmt: skip
+    report = checker.report()
+    for unit in checker.units:
+        report.results += checker.examine(unit)
+    if shrink:
+        shrink_failures(report, checker.shrink)
     return report
 
 
-class Expectation:
-    """A case in a dtype: rounded inputs, exact results, and the results of the legal runs."""
+class Checker:
+    """A candidate and what is to be checked of it, in units of (case, dtype, layout).
 
-    def __init__(self, op, case, dtype, seed=0, backward=True):
-        self.op, self.case, self.dtype, self.backward = op, case, dtype, backward
-        self.storage = DTYPES[dtype]
-        # the draw depends on the case alone, whatever else is checked beside it
-        self.rng = np.random.default_rng([seed, *f"{op.name}/{case.name}".encode()])
-        drawn = op.draw(case, self.rng)
-        self.inputs = {
-            k: x.astype(self.storage) if k in op.floating() else x for k, x in drawn.items()
-        }
-        self.wide = {
-            k: x.astype(np.float64) if k in op.floating() else x for k, x in self.inputs.items()
-        }
-        self.options = op.options(case)
-        self._exact = {}
+    The arguments are those of `check`.
+    """
 
-    def seeds(self, broadcast):
-        """Output gradients, rounded to the storage dtype; all equal where they are broadcast."""
-        outputs, _ = evaluate(self.op, self.wide, self.options, None)
-        rng = np.random.default_rng(self.rng.bit_generator.seed_seq)
-        dys = []
-        for y in outputs:
-            dy = rng.standard_normal(np.shape(y))
-            dy = np.broadcast_to(dy.flat[0] if dy.size else dy, dy.shape) if broadcast else dy
-            dys.append(dy.astype(self.storage).astype(np.float64))
-        return tuple(dys)
+    def __init__(
+        self, op, fn, *, backward, dtypes, device, cases, seed, framework, layouts, expression,
+        deterministic, batch_invariant, memory, watch,
+    ):  # fmt: skip
+        self.op, self.fn, self.device, self.seed = expect_op(op), fn, str(device), seed
+        self.backward, self.memory = backward is not False, memory
+        self.claims = (deterministic, batch_invariant)
+        precisions = [precision(name) for name in dtypes]
+        for layout in layouts or ():
+            if layout not in LAYOUTS:
+                known = ", ".join(LAYOUTS)
+                raise ValueError(f"check: layout must be one of {known}, got {layout!r}")
+        self.adapter = adapter(framework, device, backward if self.op.differentiable() else False)
+        self.adapter.watch = watch
+        self.not_checked = list(self.adapter.not_checked if memory else ())
+        self.units = []
+        self._expectation = None
+        for number, case in enumerate(self.op.select(cases, expression)):
+            undeclared = _OPTIONAL & set(self.op.options(case)) - declared(fn)
+            if undeclared:
+                names = ", ".join(sorted(undeclared))
+                self.not_checked.append(f"{case.name}: the candidate does not declare {names}")
+                continue
+            for p in precisions:
+                for layout in layouts or self._covering(number, cases, p):
+                    self.units.append((case, p.name, layout))
 
-    def results(self, broadcast):
-        """(seeds, exact (outputs, gradients), [legal (outputs, gradients)])."""
-        if broadcast not in self._exact:
-            dys = self.seeds(broadcast) if self.backward else None
-            exact = evaluate(self.op, self.wide, self.options, dys)
-            legal = [
-                self._legal(arithmetic, dys, exact)
-                for arithmetic in legal_arithmetics(self.storage)
-            ]
-            self._exact[broadcast] = dys, exact, legal
-        return self._exact[broadcast]
+    def _covering(self, number, cases, p):
+        """The layouts of a case: all in "full", else contiguous and, turn about, one more."""
+        grads = self.backward and self.op.differentiable() and p.gradients
+        if self.adapter.layouts is not None:
+            return self.adapter.layouts
+        covered = [x for x in _COVERED if x != "broadcast_grad" or grads]
+        if self.op.updates:
+            # one memory cell cannot hold several new values
+            covered.remove("expanded")
+        if cases == "full":
+            return ("contiguous", *covered)
+        return ("contiguous", covered[number % len(covered)])
 
-    def _legal(self, arithmetic, dys, exact):
-        """(outputs, gradients) of a legal run."""
-        if dys is None or self.op.backward is not None:
-            return evaluate(self.op, self.wide, self.options, dys, arithmetic)
-        # central differences see no roundings: the gradients get the relative error of the outputs
-        outputs, _ = evaluate(self.op, self.wide, self.options, None, arithmetic)
-        share = max(map(_relative_error, outputs, exact[0]))
-        draw = np.random.default_rng(int(arithmetic.unit * 2**20))
-        return outputs, [
-            g + share * np.abs(g).max(-1, initial=0.0, keepdims=True) * draw.uniform(-1, 1, g.shape)
-            for g in map(np.atleast_1d, exact[1])
-        ]
+    def report(self):
+        return Report(self.op.name, name_of(self.fn), self.device, self.seed, [], self.not_checked)
 
-    def judge(self, adapter, fn, layout="contiguous"):
-        """Run the candidate; a list of `Result`, one for each output and gradient."""
-        dys, exact, legal = self.results(layout == "broadcast_grad")
-        where = (self.op.name, self.case.name, self.dtype, layout)
-        try:
-            answers = adapter.run(fn, self.inputs, self.options, dys, layout)
-        except WrongForm as error:
-            return [Result(*where, "outputs", False, "form", hint=str(error))]
-        except (Exception, SystemExit) as error:
-            hint = "".join(traceback.format_exception_only(error)).strip()
-            return [Result(*where, "outputs", False, "exception", hint=hint)]
-        names = list(self.op.outputs)[: len(exact[0])], [f"d{n}" for n in self.op.floating()]
-        results = []
-        for part in (0, 1):
-            wants, got = exact[part], answers[part]
-            if len(wants) != len(got):
-                hint = f"must return {len(wants)} tensors, returned {len(got)}"
-                return [*results, Result(*where, "outputs", False, "form", hint=hint)]
-            for i, (name, want, answer) in enumerate(zip(names[part], wants, got)):
-                runs = [run[part][i] for run in legal]
-                allowed = (self.dtype,) if part else (self.dtype, "float32")
-                results.append(_compare((*where, name), answer, want, runs, allowed))
-        return results
+    def expectation(self, case, dtype):
+        """What a case must give; the last one is kept, for its other layouts."""
+        kept = self._expectation
+        if kept is None or kept.case is not case or kept.dtype != dtype:
+            kept = self._expectation = Expectation(self.op, case, dtype, self.seed, self.backward)
+            for line in self._left_out(kept):
+                if line not in self.not_checked:
+                    self.not_checked.append(line)
+        return kept
 
+    def examine(self, unit):
+        """The results of one unit."""
+        case, dtype, layout = unit
+        expectation = self.expectation(case, dtype)
+        if expectation.vanishes():
+            return []
+        if not self.memory:
+            return expectation.judge(self.adapter, self.fn, layout)
+        return examine(expectation, self.adapter, self.fn, layout, *self.claims)
 
-def _compare(where, answer, want, legal, allowed):
-    want = np.asarray(want, np.float64)
-    if answer.values.shape != want.shape:
-        hint = f"must have shape {want.shape}, has {answer.values.shape}"
-        return Result(*where, False, "shape", hint=hint)
-    if answer.dtype not in allowed:
-        hint = f"must be {' or '.join(allowed)}, is {answer.dtype}"
-        return Result(*where, False, "dtype", hint=hint)
-    bound = budget(want, legal, DTYPES[answer.dtype])
-    got, finite = answer.values, np.isfinite(want)
-    with np.errstate(invalid="ignore"):
-        error = np.where(finite, np.abs(got - np.where(finite, want, 0.0)), 0.0)
-    same = np.where(finite, np.isfinite(got), (got == want) | (np.isnan(got) & np.isnan(want)))
-    rms_error = float(np.sqrt(np.mean(np.square(error)))) if error.size else 0.0
-    kind = ""
-    if not same.all():
-        kind, worst = "nonfinite", np.unravel_index(np.argmin(same), same.shape)
-    else:
-        excess = error / np.where(bound.rows > 0, bound.rows, 1.0)
-        worst = np.unravel_index(np.argmax(excess), excess.shape) if error.size else ()
-        if error.size and excess[worst] > 1:
-            kind = "row"
-        elif rms_error > bound.rms:
-            kind = "rms"
-    if not error.size:
-        return Result(*where, True, error=0.0, budget=0.0, rms_error=0.0, rms_budget=0.0)
-    return Result(
-        *where,
-        not kind,
-        kind,
-        tuple(map(int, worst)),
-        float(got[worst]),
-        float(want[worst]),
-        float(error[worst]),
-        float(bound.rows[worst]),
-        rms_error,
-        bound.rms,
-        bound.discrimination,
-    )
+    def shrink(self, result, seconds):
+        """(the smallest case that fails like `result`, seconds spent)."""
+        return shrunk(self.op, result, self.fn, self.adapter, self.seed, seconds)
+
+    def _left_out(self, expectation):
+        """What the check of a case cannot look into, one line each."""
+        op, dtype, name = self.op, expectation.dtype, expectation.case.name
+        if self.backward and not expectation.precision.gradients and op.differentiable():
+            yield f"gradients in {dtype}: eight-bit gradients need scales of their own"
+        if expectation.vanishes():
+            yield f"{name}: all its values round to 0 in {dtype}"
+        if self.claims[1] and cut_batch(expectation, "contiguous") is None:
+            yield f"{name}: batch invariance, the case has no batch to take apart"
+        if expectation.leaves_float32():
+            yield (
+                f"roundings inside {op.name}: its reference turns its inputs into float64, so the "
+                "budget holds the effect of rounded inputs alone"
+            )
 
 
-def _declared(fn):
+def expect_op(op):
+    if isinstance(op, str):
+        from ..catalog import find
+
+        return find(op)
+    if not isinstance(op, Op):
+        raise TypeError(f"check: op must be a catalog name or an Op, got {type(op).__name__}")
+    return op
+
+
+def shrink_failures(report, shrink):
+    """Add the smallest failing shape to the first failure of every case."""
+    left, seen = SECONDS, set()
+    for i, r in enumerate(report.results):
+        key = (r.case, r.dtype)
+        if r.passed or key in seen or left <= 0:
+            continue
+        seen.add(key)
+        smallest, spent = shrink(r, left)
+        left -= spent
+        if smallest is not None:
+            report.results[i] = replace(r, smallest=smallest.settings)
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Raise TimeoutError in the main thread after so many seconds."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"did not return within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def declared(fn):
     """The parameters of a function; `_OPTIONAL` whole where it takes any or cannot be asked."""
     try:
         parameters = inspect.signature(fn).parameters.values()
@@ -262,49 +216,6 @@ def _declared(fn):
     return {p.name for p in parameters}
 
 
-def _relative_error(got, want):
-    """The largest error over a row's largest value, over all rows."""
-    got, want = np.atleast_1d(got).astype(np.float64), np.atleast_1d(want)
-    if not np.isfinite(want).all() or not want.size:
-        return 0.0
-    scale = np.abs(want).max(-1, keepdims=True)
-    return float((np.abs(got - want) / np.where(scale == 0, 1.0, scale)).max())
-
-
-def _adapter(framework, device, backward):
-    own = backward if callable(backward) else None
-    if framework == "torch":
-        return TorchAdapter(device, own)
-    if framework != "numpy":
-        raise ValueError(f"check: framework must be torch or numpy, got {framework!r}")
-    if backward is True:
-        raise ValueError(
-            "check: backward must be a function or False for numpy, got True; "
-            "give backward=callable(do, *inputs, **options)"
-        )
-    return NumpyAdapter(own)
-
-
-def _expect_known(what, given, known):
-    for name in given:
-        if name not in known:
-            raise ValueError(f"check: {what} must be one of {', '.join(known)}, got {name!r}")
-
-
-def _name(fn):
+def name_of(fn):
+    """module:function."""
     return f"{getattr(fn, '__module__', '')}:{getattr(fn, '__qualname__', repr(fn))}"
-
-
-def _ratio(error, bound):
-    return error / bound if bound else (0.0 if error == 0 else np.inf)
-
-
-def _plain(value):
-    """JSON has no NaN or infinity: they are written as strings."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value

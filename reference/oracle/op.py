@@ -12,10 +12,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Input:
-    """A floating input. `fan_in` names the dimension whose inverse root scales the values."""
+    """A floating input. `fan_in` names the dimension whose inverse root scales the values.
+
+    grad:  whether it has a gradient.
+    dtype: its dtype where that is not the one which is checked.
+    """
 
     shape: str
     fan_in: str | None = None
+    grad: bool = True
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,25 @@ class Index:
 
     shape: str
     below: str
+    dtype: str = "int64"
 
 
 class Case:
     """A named point of an op's domain; the name says why it exists.
 
-    Keywords that occur in the op's shapes are dimensions, the others are options passed by keyword.
+    Keywords that occur in the op's shapes are dimensions, the others are options passed by keyword;
+    a tuple of integers among them reaches the candidate as an int32 tensor.
 
     tags:   what it exercises, for selection; "aot" cases are compiled, "bench" cases are timed,
             "full" cases are left out of quick checks.
-    values: {input name: function(array, dims, rng) -> array} where normal values do not do.
+    values: {name of an input or "d" + output: function(array, dims, rng) -> array} where normal
+            values do not do; None leaves an optional input out.
+    shapes: {input or output: shape string} where this case has another rank.
     """
 
-    def __init__(self, name, *, tags=(), values=None, **settings):
+    def __init__(self, name, *, tags=(), values=None, shapes=None, **settings):
         self.name = name
+        self.shapes = dict(shapes or {})
         self.tags = frozenset(tags)
         self.values = dict(values or {})
         self.settings = settings
@@ -71,6 +82,15 @@ class Op:
     flops:     flops(c, direction) with c.M, c.N, … and direction "fwd" or "bwd".
     errors:    calls that must be refused.
     kernel:    why the catalog has no kernel for it; None where it has one, or outside the catalog.
+    lacks:     an expression over the cases that the catalog's kernel cannot do yet.
+    sizes:     {dimension: the dimension whose size it takes where a case does not set it}.
+    batch:     the dimension along which results are independent of each other.
+    updates:   {output: input} that a candidate may update in place and return nothing.
+    unspecified: unspecified(inputs, options) -> {output or gradient: mask of what is not compared}.
+    accepts:   accepts(got, inputs, options, arithmetics) -> mask of right answers, for an op whose
+               output is a choice, so that rounding may make either of two answers right.
+    sampled:   sampled(inputs, options, dys, draw) -> [Part], for shapes whose exact result would
+               cost too much (`gaugeblock.reference.oracle.sampled`).
     """
 
     name: str
@@ -82,6 +102,13 @@ class Op:
     flops: Callable | None = None
     errors: tuple = ()
     kernel: str | None = None
+    lacks: str | None = None
+    sizes: dict = field(default_factory=dict)
+    batch: str | None = None
+    updates: dict = field(default_factory=dict)
+    unspecified: Callable | None = None
+    accepts: Callable | None = None
+    sampled: Callable | None = None
 
     def __post_init__(self):
         self.inputs = {k: Input(v) if isinstance(v, str) else v for k, v in self.inputs.items()}
@@ -90,17 +117,31 @@ class Op:
         if len(set(names)) < len(names):
             raise ValueError(f"Op {self.name}: case names must be unique, got {', '.join(names)}")
 
+    @property
+    def supported(self):
+        """The expression that selects the cases which the catalog's kernel can do; None for all."""
+        return f"not ({self.lacks})" if self.lacks else None
+
     def dims(self, case):
         """{dimension: size} of a case."""
-        names = {d for spec in self.inputs.values() for d in spec.shape.split()}
+        names = {d for name in self.inputs for d in self.spec(case, name).split()}
         names |= {spec.below for spec in self.inputs.values() if isinstance(spec, Index)}
-        missing = names - set(case.settings)
+        sizes = {d: case.settings[of] for d, of in self.sizes.items()} | case.settings
+        missing = names - set(sizes)
         if missing:
             raise ValueError(
                 f"Op {self.name}: case {case.name} must set every dimension, "
                 f"{', '.join(sorted(missing))} missing"
             )
-        return {d: case.settings[d] for d in case.settings if d in names}
+        return {d: size for d, size in sizes.items() if d in names}
+
+    def spec(self, case, name):
+        """The shape string of an input, an output, or (with "d" before it) an input's gradient."""
+        if name in case.shapes:
+            return case.shapes[name]
+        if name in self.inputs:
+            return self.inputs[name].shape
+        return self.outputs[name] if name in self.outputs else self.spec(case, name[1:])
 
     def options(self, case):
         """The keyword options of a case."""
@@ -111,17 +152,22 @@ class Op:
         return tuple(dims[d] for d in spec.split())
 
     def floating(self):
-        """The names of the inputs that have gradients."""
+        """The names of the floating inputs."""
         return [name for name, spec in self.inputs.items() if isinstance(spec, Input)]
+
+    def differentiable(self, given=None):
+        """The names of the inputs that have gradients; of those that are given, if told."""
+        names = [name for name in self.floating() if self.inputs[name].grad]
+        return names if given is None else [name for name in names if given[name] is not None]
 
     def draw(self, case, rng):
         """Inputs of a case, {name: float64 or int64 array}."""
         dims = self.dims(case)
         drawn = {}
         for name, spec in self.inputs.items():
-            shape = self.shape(spec.shape, dims)
+            shape = self.shape(self.spec(case, name), dims)
             if isinstance(spec, Index):
-                drawn[name] = rng.integers(0, dims[spec.below], shape)
+                drawn[name] = rng.integers(0, max(dims[spec.below], 1), shape, dtype=spec.dtype)
             else:
                 drawn[name] = rng.standard_normal(shape)
                 if spec.fan_in:
@@ -166,14 +212,16 @@ class Op:
         Forward: inputs and outputs. Backward: inputs, outputs and their gradients.
         """
         dims = self.dims(case)
+
+        def size(name):
+            return math.prod(self.shape(self.spec(case, name), dims))
+
         ints = sum(
-            math.prod(self.shape(s.shape, dims)) * 8
-            for s in self.inputs.values()
-            if isinstance(s, Index)
+            size(name) * np.dtype(spec.dtype).itemsize
+            for name, spec in self.inputs.items()
+            if isinstance(spec, Index)
         )
-        floats = sum(math.prod(self.shape(self.inputs[n].shape, dims)) for n in self.floating())
-        first = next(iter(self.outputs.values()))
-        floats += math.prod(self.shape(first, dims))
+        floats = sum(map(size, self.floating())) + size(next(iter(self.outputs)))
         return ints + floats * itemsize * (1 if direction == "fwd" else 2)
 
 
@@ -199,7 +247,7 @@ def numeric_gradient(op, dys, inputs, options, step=1e-5):
         return sum(float(np.sum(dy * out)) for dy, out in zip(dys, ys))
 
     gradients = []
-    for name in op.floating():
+    for name in op.differentiable(arrays):
         x = arrays[name] = np.array(arrays[name], dtype=np.float64)
         grad = np.zeros_like(x)
         for i in np.ndindex(x.shape):

@@ -1,0 +1,1 @@
+"""Rows of the catalog: what each op takes, and the cases it is checked on."""

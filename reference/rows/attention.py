@@ -1,0 +1,287 @@
+"""Rows of `attention` and `paged_attention`."""
+
+import numpy as np
+
+from .._attention import visible_keys
+from ..oracle.covering import covering
+from ..oracle.op import Case, Index, Input, Wrong
+from .row import row
+from .values import (
+    all_negative,
+    all_positive,
+    constant_rows,
+    huge_outlier,
+    rising,
+    spread_by_10,
+    spread_by_100,
+    tiny,
+)
+
+_MASKS = ("causal", "align", "window", "global_tokens", "lengths", "cu_seqlens")
+
+
+def _visible(options, Tq, Tk):
+    return visible_keys(Tq, Tk, **{k: v for k, v in options.items() if k in _MASKS})
+
+
+def _attention_flops(c, direction):
+    # forward q kᵀ and p v; backward those scores again and dv, dp, dq, dk
+    products = 2 if direction == "fwd" else 5
+    return products * 2 * c.B * c.H * c.Tq * c.Tk * c.D * _visible(vars(c), c.Tq, c.Tk).mean()
+
+
+def _case(name, B, H, Tq, Tk, D, *, hidden=None, seen=None, **rest):
+    """An attention case. `hidden` is what keys and values that no query sees hold, as do queries
+    that see nothing and their output gradients; `seen` is put into a key that the last one sees.
+    """
+    options = {k: v for k, v in rest.items() if k in _MASKS}
+
+    def keys(x, dims, rng):
+        visible = _visible(options, dims["Tq"], dims["Tk"])
+        if hidden is not None:
+            x = np.where(visible.any(-2)[..., None], x, hidden)
+        if seen is not None:
+            x[-1, -1, np.flatnonzero(visible[-1, 0, -1])[-1], x.shape[-1] // 2] = seen
+        return x
+
+    def queries(x, dims, rng):
+        return np.where(_visible(options, dims["Tq"], dims["Tk"]).any(-1)[..., None], x, hidden)
+
+    values = dict(rest.pop("values", {}))
+    if hidden is not None or seen is not None:
+        values |= {"k": keys, "v": keys} if hidden is not None else {"v": keys}
+    if hidden is not None:
+        values |= {"q": queries, "do": queries}
+    if rest.get("Hkv", H) != H:
+        rest["tags"] = (*rest.get("tags", ()), "grouped")
+    return Case(name, B=B, H=H, Tq=Tq, Tk=Tk, D=D, values=values, **rest)
+
+
+def _nan_seen(inputs, options):
+    """Once a query sees a NaN, other rows and the gradients of its key head are not compared."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    (B, H, Tq, _), (_, Hkv, Tk, _) = q.shape, k.shape
+    visible = _visible(options, Tq, Tk)
+    wrong_keys = (~np.isfinite(k) | ~np.isfinite(v)).any(-1)
+    wrong_queries = ~np.isfinite(q).all(-1) & visible.any(-1)
+    rows = (visible & np.repeat(wrong_keys, H // Hkv, 1)[:, :, None, :]).any(-1) | wrong_queries
+    heads = rows.any(-1).reshape(B, Hkv, H // Hkv).any(-1)
+    by_query = np.repeat(heads, H // Hkv, 1)
+    return {
+        "o": (by_query[..., None] & ~rows)[..., None],
+        "lse": by_query[..., None],
+        "dq": by_query[..., None, None],
+        "dk": heads[..., None, None],
+        "dv": heads[..., None, None],
+    }
+
+
+def _covering_attention():
+    """Every pair of these settings occurs together in some case; what cannot be is left out."""
+    sizes = [(1, 1), (1, 37), (16, 16), (15, 33), (33, 31), (65, 65), (63, 129), (130, 64)]
+    masks = {
+        "full": {},
+        "causal": {"causal": True},
+        "top_left": {"causal": True, "align": "top_left"},
+        "window": {"window": 7},
+        "causal_window": {"causal": True, "window": 5},
+        "global": {"causal": True, "window": 4, "global_tokens": 2},
+        "lengths": {"lengths": (0.6, 1.0, 0.0)},
+        "causal_lengths": {"causal": True, "lengths": (1.0, 0.4, 0.1)},
+        "documents": {"causal": True, "cu_seqlens": (0, 0.3, 0.3, 0.9, 1)},
+    }
+    values = {
+        "normal": {},
+        "large": {"q": spread_by_10, "k": spread_by_10},
+        "tiny": {"q": tiny, "k": tiny, "v": tiny},
+        "negative": {"q": all_negative, "k": all_negative, "v": all_negative},
+        "constant": {"k": constant_rows, "v": constant_rows},
+        "outlier": {"k": huge_outlier, "v": huge_outlier},
+        "hidden_nan": {"hidden": np.nan},
+    }
+    axes = {
+        "size": sizes,
+        "D": [1, 5, 16, 33, 64, 80],
+        "heads": [(1, 1), (2, 2), (4, 2), (3, 1), (6, 3)],
+        "B": [1, 2, 3],
+        "mask": list(masks),
+        "values": list(values),
+        "return_lse": [False, True],
+    }
+
+    def legal(c):
+        documents = c["mask"] == "documents"
+        return not documents or (c["B"] == 1 and c["size"][0] == c["size"][1])
+
+    for c in covering(axes, legal):
+        (Tq, Tk), (H, Hkv) = c["size"], c["heads"]
+        options = dict(masks[c["mask"]])
+        if "lengths" in options:
+            options["lengths"] = tuple(round(s * Tk) for s in options["lengths"])[: c["B"]]
+        if "cu_seqlens" in options:
+            options["cu_seqlens"] = tuple(round(s * Tk) for s in options["cu_seqlens"])
+        if c["return_lse"]:
+            options["return_lse"] = True
+        kind = values[c["values"]]
+        settings = {"hidden": kind["hidden"]} if "hidden" in kind else {"values": kind}
+        tags = ("full", "degenerate") if c["values"] == "constant" or Tk == 1 else ("full",)
+        name = f"{c['mask']}_{c['values']}_{Tq}x{Tk}_d{c['D']}_{H}h{Hkv}_b{c['B']}"
+        name += "_lse" if c["return_lse"] else ""
+        yield _case(name, c["B"], H, Tq, Tk, c["D"], Hkv=Hkv, tags=tags, **settings, **options)
+
+
+ATTENTION = row(
+    "attention",
+    {"q": "B H Tq D", "k": "B Hkv Tk D", "v": "B Hkv Tk D"},
+    [
+        _case("full", 2, 2, 33, 33, 16),
+        _case("causal", 2, 2, 33, 33, 16, causal=True),
+        _case("odd_head_dim", 1, 2, 17, 23, 5),
+        _case("head_dim_over_a_tile", 1, 1, 20, 20, 65, causal=True),
+        _case("one_query", 2, 2, 1, 37, 8, causal=True),
+        _case("one_key", 1, 2, 5, 1, 8),
+        _case("longer_cache", 1, 2, 13, 70, 12, causal=True),
+        _case("unseeing_queries", 1, 2, 40, 21, 12, causal=True),
+        _case("top_left", 1, 2, 40, 21, 12, causal=True, align="top_left"),
+        _case(
+            "top_left_hidden_nan", 1, 2, 21, 40, 12, causal=True, align="top_left", hidden=np.nan
+        ),
+        _case("one_over_a_tile", 1, 1, 65, 65, 8, causal=True),
+        _case("several_tiles", 1, 1, 200, 200, 16),
+        _case("several_tiles_causal", 1, 1, 200, 200, 16, causal=True),
+        _case("scale_negative", 1, 1, 19, 19, 8, causal=True, scale=-0.7),
+        _case("scale_zero", 1, 1, 9, 18, 8, scale=0.0),
+        _case("scale_zero_causal", 1, 1, 19, 19, 8, causal=True, scale=0.0),
+        _case("scores_spread_by_100", 1, 1, 18, 34, 8, values={"q": spread_by_100}),
+        _case("scores_rise", 1, 1, 18, 150, 8, values={"q": all_positive, "k": rising}),
+        _case("outlier_key", 1, 2, 33, 40, 16, causal=True, values={"k": huge_outlier}),
+        _case("lse", 1, 2, 18, 20, 8, causal=True, return_lse=True),
+        _case("lse_unseeing_queries", 1, 1, 20, 18, 8, causal=True, return_lse=True),
+        _case("grouped_heads", 2, 6, 19, 35, 16, Hkv=2, causal=True),
+        _case("one_key_head", 1, 4, 18, 18, 8, Hkv=1),
+        _case("window", 1, 2, 50, 50, 8, causal=True, window=9),
+        _case("window_both_sides", 1, 2, 37, 50, 8, window=6),
+        _case("window_of_one", 1, 1, 18, 18, 8, causal=True, window=1),
+        _case("window_over_tiles", 1, 1, 150, 150, 8, causal=True, window=70),
+        _case("global_tokens", 1, 2, 45, 45, 8, causal=True, window=5, global_tokens=3),
+        _case("global_both_sides", 1, 1, 30, 41, 8, window=4, global_tokens=2),
+        _case("lengths", 3, 2, 5, 37, 8, lengths=(37, 20, 1), hidden=np.nan),
+        _case("lengths_causal", 3, 2, 20, 37, 8, causal=True, lengths=(20, 37, 9), hidden=np.nan),
+        _case("length_zero", 2, 1, 4, 19, 8, lengths=(0, 12), hidden=np.inf, return_lse=True),
+        _case("lengths_top_left", 2, 1, 18, 33, 8, causal=True, align="top_left", lengths=(7, 30)),
+        _case("lengths_window", 2, 1, 17, 40, 8, causal=True, window=6, lengths=(33, 19)),
+        _case("documents", 1, 2, 50, 50, 8, causal=True, cu_seqlens=(0, 17, 18, 50)),
+        _case("documents_full", 1, 2, 40, 40, 8, cu_seqlens=(0, 0, 25, 25, 40)),
+        _case(
+            "documents_window",
+            1,
+            1,
+            45,
+            45,
+            8,
+            causal=True,
+            window=4,
+            global_tokens=1,
+            cu_seqlens=(0, 20, 45),
+        ),
+        _case("nan_seen", 2, 2, 20, 20, 8, causal=True, seen=np.nan, tags=("full",)),
+        _case("unseeing_nan", 1, 2, 40, 21, 8, causal=True, hidden=np.nan, return_lse=True),
+        _case("dropout", 2, 2, 19, 23, 8, causal=True, dropout=0.3, seed=1234),
+        _case("dropout_other_seed", 1, 2, 19, 19, 8, dropout=0.5, seed=-7),
+        _case("no_queries", 1, 2, 0, 9, 8, tags=("full", "degenerate")),
+        *_covering_attention(),
+        _case("gpt2_causal_1k", 8, 12, 1024, 1024, 64, causal=True, tags=("aot", "bench")),
+        _case("full_1k_d128", 4, 16, 1024, 1024, 128, tags=("aot", "bench")),
+        _case("cpu_bench", 1, 4, 256, 256, 64, causal=True, tags=("bench", "cpu")),
+    ],
+    outputs={"o": "B H Tq D", "lse": "B H Tq"},
+    flops=_attention_flops,
+    errors=(
+        Wrong("k_head_dim", "k must have shape", shapes={"k": (2, 2, 33, 15)}),
+        Wrong("v_length", "v must have shape", shapes={"v": (2, 2, 32, 16)}),
+        Wrong("q_rank", "q must have shape", shapes={"q": (2, 33, 16)}),
+        Wrong("no_keys", "Tk must be at least 1", shapes={"k": (2, 2, 0, 16), "v": (2, 2, 0, 16)}),
+        Wrong("unknown_align", "align must be one of", options={"align": "middle"}),
+    ),
+    sizes={"Hkv": "H"},
+    batch="B",
+    unspecified=_nan_seen,
+    lacks="window or global_tokens or lengths or cu_seqlens or dropout or grouped",
+)
+
+
+def _pages(dims):
+    """Every row has pages of its own, in no order: (B, pages)."""
+    order = np.random.default_rng(0).permutation(dims["P"])
+    return order[: dims["B"] * dims["pages"]].reshape(dims["B"], dims["pages"])
+
+
+def _decode(name, B, H, Hkv, Tq, D, page, pages, shares=(1.0, 0.45, 0.7), tags=(), **options):
+    """A decoding case; what a page holds past its row's length is NaN, and so are spare pages."""
+
+    def lengths(n, dims, rng):
+        most = dims["pages"] * dims["page"]
+        return np.array([round(shares[i % len(shares)] * most) for i in range(len(n))], n.dtype)
+
+    def cache(x, dims, rng):
+        used = np.zeros((dims["P"], dims["page"]), bool)
+        slot = np.arange(dims["pages"] * dims["page"]).reshape(dims["pages"], dims["page"])
+        n = lengths(np.zeros(dims["B"], int), dims, rng)
+        used[_pages(dims)] = slot < n[:, None, None]
+        return np.where(used[:, None, :, None], x, np.nan)
+
+    values = {
+        "k_pages": cache,
+        "v_pages": cache,
+        "block_table": lambda table, dims, rng: _pages(dims).astype(table.dtype),
+        "lengths": lengths,
+    }
+    tags = (*tags, *(["grouped"] if Hkv != H else []))
+    sizes = {"B": B, "H": H, "Hkv": Hkv, "Tq": Tq, "D": D, "page": page, "pages": pages}
+    return Case(name, **sizes, P=B * pages + 2, values=values, tags=tags, **options)
+
+
+def _decode_flops(c, direction):
+    return 4 * c.B * c.H * c.Tq * c.pages * c.page * c.D
+
+
+PAGED_ATTENTION = row(
+    "paged_attention",
+    {
+        "q": Input("B H Tq D", grad=False),
+        "k_pages": Input("P Hkv page D", grad=False),
+        "v_pages": Input("P Hkv page D", grad=False),
+        "block_table": Index("B pages", below="P", dtype="int32"),
+        "lengths": Index("B", below="page", dtype="int32"),
+    },
+    [
+        _decode("one_query", 3, 2, 2, 1, 16, 16, 4),
+        _decode("grouped_heads", 3, 6, 2, 1, 8, 16, 3),
+        _decode("one_key_head", 2, 4, 1, 1, 8, 8, 5),
+        _decode("several_queries", 3, 2, 2, 5, 8, 16, 3),
+        _decode("contiguous_cache", 3, 2, 2, 1, 16, 77, 1),
+        _decode("odd_page", 2, 2, 1, 2, 5, 7, 6),
+        _decode("page_of_one", 2, 2, 2, 1, 8, 1, 19),
+        _decode("several_splits", 2, 2, 2, 1, 8, 64, 9, shares=(1.0, 0.5)),
+        _decode("one_key", 3, 2, 2, 1, 8, 16, 2, shares=(0.03, 1.0, 0.5)),
+        _decode("length_zero", 3, 2, 2, 1, 8, 16, 2, shares=(0.0, 1.0, 0.4)),
+        _decode("more_queries_than_keys", 2, 1, 1, 6, 8, 8, 2, shares=(0.2, 1.0)),
+        _decode("window", 3, 2, 2, 1, 8, 16, 4, window=9),
+        _decode("window_several_queries", 2, 2, 1, 4, 8, 16, 4, window=20),
+        _decode("scale", 2, 2, 2, 1, 8, 16, 2, scale=0.8),
+        _decode("head_dim_over_a_tile", 2, 2, 2, 1, 65, 16, 3),
+        _decode("long_row", 1, 1, 1, 1, 8, 128, 20, tags=("full",)),
+        _decode("gpt2_decode", 32, 12, 12, 1, 64, 16, 128, tags=("aot", "bench")),
+        _decode("cpu_bench", 4, 4, 4, 1, 64, 16, 32, tags=("bench", "cpu")),
+    ],
+    outputs={"o": "B H Tq D"},
+    flops=_decode_flops,
+    errors=(
+        Wrong("k_head_dim", "k_pages must have shape", shapes={"k_pages": (14, 2, 16, 15)}),
+        Wrong("v_pages", "v_pages must have shape", shapes={"v_pages": (14, 2, 15, 16)}),
+        Wrong("length_over_pages", "lengths must lie in", values={"lengths": lambda n: n + 64}),
+        Wrong("page_unknown", "block_table must lie in", values={"block_table": lambda t: t + 14}),
+    ),
+    kernel="not yet: decoding kernels come with the cache",
+    batch="B",
+)

@@ -1,0 +1,85 @@
+"""Row of `ffn`."""
+
+import numpy as np
+
+from ..oracle.op import Case, Input, Wrong
+from .row import row
+from .values import outlier_row, spread_by_10, tiny
+
+
+def _ffn_flops(c, direction):
+    return 4 * c.M * c.C * c.F * (1 if direction == "fwd" else 2)
+
+
+def _some_rows_zero(x, dims, rng):
+    x[::3] = 0
+    return x
+
+
+def _some_zero(b1, dims, rng):
+    """With rows of 0 the pre-activation is exactly 0, where ReLU's gradient is 0."""
+    b1[::2] = 0
+    return b1
+
+
+def _one_nan(x, dims, rng):
+    x[2, 5] = np.nan
+    return x
+
+
+def _nan_seen(inputs, options):
+    """A row that sees a NaN holds one; what becomes of gradients then is not compared."""
+    seen = np.isnan(inputs["x"]).any()
+    return {f"d{name}": np.bool_(seen) for name in inputs}
+
+
+_FFN_INPUTS = {
+    "x": "M C",
+    "w1": Input("C F", fan_in="C"),
+    "b1": "F",
+    "w2": Input("F C", fan_in="F"),
+    "b2": "C",
+}
+
+FFN = row(
+    "ffn",
+    _FFN_INPUTS,
+    [
+        Case("odd", M=5, C=33, F=47),
+        Case("erf", M=19, C=20, F=36, activation="gelu"),
+        Case("relu", M=19, C=20, F=36, activation="relu"),
+        Case(
+            "relu_at_zero",
+            M=19,
+            C=20,
+            F=36,
+            activation="relu",
+            values={"x": _some_rows_zero, "b1": _some_zero},
+        ),
+        Case("relu_nan", M=19, C=20, F=36, activation="relu", values={"x": _one_nan}),
+        Case("rank_three", B=3, T=5, C=20, F=36, shapes={"x": "B T C", "y": "B T C"}),
+        Case("tiny", M=6, C=20, F=36, values={"x": tiny}),
+        Case("spread_by_10", M=6, C=20, F=36, values={"x": spread_by_10}),
+        Case("outlier_row", M=6, C=20, F=36, values={"x": outlier_row}),
+        Case("no_rows", M=0, C=16, F=24, tags=("degenerate", "full")),
+        Case("one_row", M=1, C=16, F=64),
+        Case("many_rows", M=70, C=17, F=31),
+        Case("one_over_a_tile", M=33, C=65, F=129),
+        # more than one group of 8 tiles of 128 rows
+        Case("rows_over_a_group", M=1100, C=17, F=24),
+        Case("gpt2_width", M=8192, C=768, F=3072, tags=("aot", "bench")),
+        Case("gpt2_xl_width", M=8192, C=1600, F=6400, tags=("aot", "bench")),
+        Case("cpu_bench", M=256, C=256, F=1024, tags=("bench", "cpu")),
+    ],
+    outputs={"y": "M C"},
+    batch="M",
+    unspecified=_nan_seen,
+    flops=_ffn_flops,
+    errors=(
+        Wrong("w1_rows", "w1 must have shape", shapes={"w1": (32, 47)}),
+        Wrong("w2_rows", "w2 must have shape", shapes={"w2": (46, 33)}),
+        Wrong("b1_length", "b1 must have shape", shapes={"b1": (33,)}),
+        Wrong("b2_length", "b2 must have shape", shapes={"b2": (47,)}),
+        Wrong("unknown_activation", "activation must be one of", options={"activation": "swish"}),
+    ),
+)

@@ -1,0 +1,90 @@
+"""Rows of `layer_norm` and `residual_layer_norm`."""
+
+from ..oracle.op import Case, Wrong
+from .row import row
+from .values import (
+    all_negative,
+    constant_rows,
+    offset_64,
+    offset_minus_64,
+    outlier_row,
+    tiny,
+    zeros,
+)
+
+LAYER_NORM = row(
+    "layer_norm",
+    {"x": "M N", "w": "N", "b": "N"},
+    [
+        Case("odd_row", M=5, N=77),
+        Case("one_row", M=1, N=64),
+        Case("one_column", M=3, N=1, tags=("degenerate",)),
+        Case("many_rows", M=67, N=33),
+        # more rows than the backward has programs
+        Case("rows_over_programs", M=300, N=20),
+        Case("one_column_over_a_tile", M=3, N=257),
+        Case("offset_64", M=7, N=96, values={"x": offset_64}),
+        Case("outlier_row", M=7, N=40, values={"x": outlier_row}),
+        Case("constant_rows", M=3, N=48, values={"x": constant_rows}, tags=("degenerate",)),
+        Case("eps", M=4, N=20, eps=0.5),
+        Case("rank_three", B=3, T=5, N=20, shapes={"x": "B T N", "y": "B T N"}),
+        Case("no_rows", M=0, N=16, tags=("degenerate", "full")),
+        Case("tiny", M=5, N=40, values={"x": tiny}),
+        Case("negative", M=5, N=40, values={"x": all_negative}),
+        Case("gpt2_width", M=4096, N=768, tags=("aot", "bench")),
+        Case("gpt2_xl_width", M=4096, N=1600, tags=("aot", "bench")),
+        Case("cpu_bench", M=1024, N=768, tags=("bench", "cpu")),
+    ],
+    outputs={"y": "M N"},
+    batch="M",
+    flops=lambda c, direction: c.M * c.N * (8 if direction == "fwd" else 14),
+    errors=(
+        Wrong("w_length", "w must have shape", shapes={"w": (76,)}),
+        Wrong("b_length", "b must have shape", shapes={"b": (78,)}),
+    ),
+)
+
+
+RESIDUAL_LAYER_NORM = row(
+    "residual_layer_norm",
+    {"x": "M N", "r": "M N", "w": "N", "b": "N"},
+    [
+        Case("odd_row", M=5, N=77),
+        Case("one_row", M=1, N=64),
+        Case("one_column", M=3, N=1),
+        Case("many_rows", M=67, N=33),
+        # more rows than the backward has programs
+        Case("rows_over_programs", M=300, N=20),
+        Case("one_column_below_a_tile", M=3, N=255),
+        Case("one_column_over_a_tile", M=3, N=257),
+        # a rounding of h before the mean is subtracted shows here
+        Case("offset_64", M=7, N=96, values={"r": offset_64}),
+        Case("offsets_cancel", M=7, N=96, values={"x": offset_64, "r": offset_minus_64}),
+        Case("outlier_row", M=7, N=40, values={"x": outlier_row, "r": outlier_row}),
+        # a variance far below ε: y is w·(h − μ)/√ε
+        Case("tiny", M=5, N=40, values={"x": tiny, "r": tiny, "b": zeros}),
+        Case("negative", M=5, N=40, values={"x": all_negative, "r": all_negative}),
+        Case(
+            "constant_rows",
+            M=3,
+            N=48,
+            values={"x": constant_rows, "r": constant_rows},
+            tags=("degenerate",),
+        ),
+        Case("eps", M=4, N=20, eps=0.5),
+        Case("rank_three", B=3, T=5, N=20, shapes=dict.fromkeys("xryh", "B T N")),
+        Case("no_rows", M=0, N=16, tags=("degenerate", "full")),
+        Case("gpt2_width", M=8192, N=768, tags=("aot", "bench")),
+        Case("gpt2_xl_width", M=8192, N=1600, tags=("aot", "bench")),
+        Case("cpu_bench", M=1024, N=768, tags=("bench", "cpu")),
+    ],
+    outputs={"y": "M N", "h": "M N"},
+    batch="M",
+    flops=lambda c, direction: c.M * c.N * (9 if direction == "fwd" else 15),
+    errors=(
+        Wrong("r_shape", "r must have shape", shapes={"r": (4, 77)}),
+        Wrong("w_length", "w must have shape", shapes={"w": (76,)}),
+        Wrong("b_length", "b must have shape", shapes={"b": (78,)}),
+    ),
+    kernel="not yet: the model adds and normalises in two steps",
+)

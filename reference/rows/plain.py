@@ -1,0 +1,46 @@
+"""Rows of `linear` and `embedding`."""
+
+from ..oracle.op import Case, Index, Input, Wrong
+from .row import row
+from .values import repeated_tokens
+
+LINEAR = row(
+    "linear",
+    {"x": "M K", "w": Input("K N", fan_in="K"), "b": "N"},
+    [
+        Case("odd", M=5, K=33, N=17),
+        Case("one_row", M=1, K=64, N=48),
+        Case("cpu_bench", M=512, K=768, N=768, tags=("bench", "cpu")),
+    ],
+    outputs={"y": "M N"},
+    flops=lambda c, direction: 2 * c.M * c.K * c.N * (1 if direction == "fwd" else 2),
+    errors=(
+        Wrong("w_rows", "w must have shape", shapes={"w": (32, 17)}),
+        Wrong("b_length", "b must have shape", shapes={"b": (16,)}),
+    ),
+    kernel="plain products belong to cuBLAS",
+)
+
+EMBEDDING = row(
+    "embedding",
+    {"tokens": Index("B T", below="V"), "wte": "V C", "wpe": "P C"},
+    [
+        Case("odd", B=2, T=7, V=19, P=9, C=13),
+        Case("repeated_tokens", B=2, T=11, V=5, P=11, C=8, values={"tokens": repeated_tokens}),
+        Case("cpu_bench", B=8, T=512, V=5003, P=512, C=256, tags=("bench", "cpu")),
+    ],
+    outputs={"y": "B T C"},
+    flops=lambda c, direction: c.B * c.T * c.C * (1 if direction == "fwd" else 2),
+    errors=(
+        Wrong("id_too_large", "tokens must lie in", values={"tokens": lambda t: t + 19}),
+        Wrong("id_negative", "tokens must lie in", values={"tokens": lambda t: t - 19}),
+        Wrong("wpe_width", "wpe must have shape", shapes={"wpe": (9, 12)}),
+        Wrong(
+            "tokens_float",
+            "tokens must be integers",
+            values={"tokens": lambda t: t / 2},
+            raises=TypeError,
+        ),
+    ),
+    kernel="not yet: torch's embedding serves the model",
+)

@@ -1,0 +1,25 @@
+"""How a row of the catalog is made."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..oracle.op import Op
+
+
+def row(name, inputs, cases, **rest):
+    """The op whose formula and gradient are `NAME` and `NAME_backward` in `_NAME.py`."""
+    module = import_module(f".._{name}", __package__)
+    forward, backward = getattr(module, name), getattr(module, f"{name}_backward", None)
+
+    def gradients(dy, *arrays, **options):
+        return backward(dy, forward(*arrays, **options)[1])
+
+    return Op(
+        name,
+        lambda *arrays, **options: forward(*arrays, **options)[0],
+        inputs,
+        cases,
+        backward=gradients if backward else None,
+        **rest,
+    )

@@ -1,0 +1,247 @@
+"""Legal kernels: `VARIANTS`, none of which the oracle may call wrong.
+
+Most are models with knobs drawn at random, the same ones every time; every value of every knob
+occurs. Beside them stand torch's own functions, the eager twins, and the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gaugeblock.reference.catalog import CATALOG
+
+from gaugeblock import kernels
+
+from . import models
+
+ALL = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A legal kernel of an op, and where it holds.
+
+    expression: over the catalog's cases, for kernels that do less.
+    slow:       interpreted kernels, which a long measurement runs less often.
+    """
+
+    name: str
+    op: str
+    fn: Callable
+    dtypes: tuple[str, ...] = ALL
+    expression: str | None = None
+    framework: str = "torch"
+    backward: bool = True
+    slow: bool = field(default=False, compare=False)
+
+
+def _drawn(op, model, count, **knobs):
+    """`count` variants of a model: shuffled values of each knob, so that every one occurs."""
+    rng = np.random.default_rng(list(op.encode()))
+    columns = {}
+    for knob, values in knobs.items():
+        repeats = -(-count // len(values))
+        columns[knob] = list(
+            itertools.chain(*(rng.permutation(len(values)) for _ in range(repeats)))
+        )
+    defaults = {f.name: f.default for f in fields(model)}
+    variants = {}
+    for row in range(count):
+        chosen = {knob: values[columns[knob][row]] for knob, values in knobs.items()}
+        words = [_word(k, v) for k, v in chosen.items() if v != defaults[k]]
+        name = "-".join([op, *words]) or op
+        variants.setdefault(name, Variant(name, op, model(**chosen)))
+    return list(variants.values())
+
+
+def _word(knob, value):
+    if isinstance(value, bool):
+        return knob if value else f"no_{knob}"
+    return f"{knob}={value}"
+
+
+# ---------------------------------------------------------------------------------- torch's own
+
+
+def _sdpa(q, k, v, *, scale=None, **options):
+    """torch's scaled_dot_product_attention under the op's mask.
+
+    What the mask hides from all is put to 0, and rows that see nothing see all and are dropped:
+    torch leaves both undefined.
+    """
+    visible = models.attention.visible(
+        q.shape[2], k.shape[2],
+        **dict(causal=False, align="bottom_right", window=None, global_tokens=0, lengths=None,
+               cu_seqlens=None) | options,
+    )  # fmt: skip
+    sees, seen = visible.any(-1, keepdim=True), visible.any(-2)[..., None]
+    q, k, v = torch.where(sees, q, 0), torch.where(seen, k, 0), torch.where(seen, v, 0)
+    o = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible | ~sees, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
+    return torch.where(sees, o, 0)
+
+
+def _layer_norm(x, w, b, eps=1e-5):
+    return F.layer_norm(x, x.shape[-1:], w, b, eps)
+
+
+def _residual_layer_norm(x, r, w, b, eps=1e-5):
+    h = x + r
+    return F.layer_norm(h, h.shape[-1:], w, b, eps), h
+
+
+def _gelu_ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
+    z = torch.addmm(b1, x, w1)
+    if activation == "relu":
+        a = F.relu(z)
+    else:
+        a = F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return torch.addmm(b2, a, w2)
+
+
+def _embedding(tokens, wte, wpe=None, positions=None):
+    y = F.embedding(tokens, wte)
+    if wpe is None:
+        return y
+    if positions is None:
+        positions = torch.arange(tokens.shape[-1])
+    return y + F.embedding(positions.expand(tokens.shape), wpe)
+
+
+def _linear_cross_entropy(x, w, targets, b=None, **options):
+    return F.cross_entropy(F.linear(x, w, b), targets, **options)
+
+
+def _adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, foreach=False):
+    """torch.optim.AdamW continued from a state."""
+    p = p.detach().clone().requires_grad_()
+    p.grad = g.detach().clone()
+    optimiser = torch.optim.AdamW(
+        [p], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, foreach=foreach
+    )
+    state = {"step": torch.tensor(float(step - 1)), "exp_avg": m.detach().clone()}
+    optimiser.state[p] = state | {"exp_avg_sq": v.detach().clone()}
+    optimiser.step()
+    return p.detach(), optimiser.state[p]["exp_avg"], optimiser.state[p]["exp_avg_sq"]
+
+
+# ------------------------------------------------------------------------------------ the variants
+
+_TORCH = [
+    Variant("attention-torch-sdpa", "attention", _sdpa, expression="not (return_lse or dropout)"),
+    # in 16 bits its CPU kernel rounds more than it must
+    Variant("layer_norm-torch", "layer_norm", _layer_norm, ("float32",)),
+    Variant(
+        "residual_layer_norm-torch", "residual_layer_norm", _residual_layer_norm, ("float32",)
+    ),
+    Variant("ffn-torch", "ffn", _gelu_ffn),
+    Variant("cross_entropy-torch", "cross_entropy", F.cross_entropy, ("float32",)),
+    Variant(
+        "linear_cross_entropy-torch", "linear_cross_entropy", _linear_cross_entropy, ("float32",)
+    ),
+    Variant("linear-torch", "linear", lambda x, w, b=None: F.linear(x, w.T, b)),
+    Variant("embedding-torch", "embedding", _embedding, ("float32",)),
+    Variant("adamw-torch", "adamw", _adamw, ("float32",), backward=False),
+    Variant("adamw-torch-foreach", "adamw", partial(_adamw, foreach=True), ("float32",),
+            backward=False),
+]  # fmt: skip
+
+
+def _twins():
+    """The eager twin and the Triton kernel of every op that has them."""
+    for op in kernels.OPS:
+        if op not in CATALOG:
+            continue
+        fn, row = getattr(kernels, op), CATALOG[op]
+        shared = dict(
+            expression=f"not ({row.lacks})" if row.lacks else None,
+            backward=bool(row.differentiable()),
+        )
+        yield Variant(f"{op}-eager", op, partial(fn, impl="eager"), **shared)
+        yield Variant(f"{op}-triton", op, partial(fn, impl="triton"), slow=True, **shared)
+
+
+_MODELS = [
+    *_drawn(
+        "attention", models.Attention, 64,
+        block_m=(None, 16, 32, 64, 128), block_n=(None, 16, 32, 64, 128),
+        key_order=("forward", "backward", "outside_in"), query_order=("forward", "backward"),
+        scale_at=("scores", "q"), exp2=(False, True), splits=(1, 1, 2, 3),
+        p_rounded=("no", "running", "normalised"), p_rounded_bwd=(False, True),
+        dp_rounded=(False, True), ds_rounded=(False, True),
+        delta=("stored", "unrounded", "p_dp"), lse_unit=("ln", "log2"),
+        late_dropout_scale=(False, True), step=(None, 4, 16),
+    ),
+    *_drawn(
+        "paged_attention", models.PagedAttention, 24,
+        block_n=(None, 16, 64), key_order=("forward", "backward"), scale_at=("scores", "q"),
+        exp2=(False, True), splits=(1, 2, 3, 5), p_rounded=("no", "running", "normalised"),
+        p_rounded_bwd=(False, True), dp_rounded=(False, True), ds_rounded=(False, True),
+        delta=("stored", "unrounded", "p_dp"), step=(None, 4, 16),
+    ),
+    *_drawn(
+        "layer_norm", models.LayerNorm, 40,
+        stats=("two_pass", "corrected", "welford", "shifted"),
+        sums=("torch", "serial", "tree", "tiled"),
+        block=(1, 8, 32, 128), inverse_root=("rsqrt", "divide"), form=("centred", "affine"),
+        saved=("stats", "xhat"), dx_form=("centred", "collected"), chunk=(None, 1, 4, 32),
+        row_order=("forward", "backward"),
+    ),
+    *_drawn(
+        "residual_layer_norm", models.ResidualLayerNorm, 24,
+        stats=("two_pass", "corrected", "welford", "shifted"),
+        sums=("torch", "serial", "tree", "tiled"),
+        block=(1, 8, 32, 128), inverse_root=("rsqrt", "divide"), form=("centred", "affine"),
+        saved=("stats", "xhat", "written"), dx_form=("centred", "collected"),
+        chunk=(None, 1, 4, 32), row_order=("forward", "backward"),
+    ),
+    *_drawn(
+        "ffn", models.FFN, 40,
+        step_c=(None, 4, 16), splits_f=(1, 2, 5), chunk=(None, 8, 32),
+        row_order=("forward", "backward"), z_rounded=(False, True), a_rounded=(False, True),
+        da_rounded=(False, True), dz_rounded=(False, True), recompute=(False, True),
+        tanh=("tanh", "exp", "sigmoid"), erf=("erf", "polynomial"), bias_first=(False, True),
+    ),
+    *_drawn(
+        "cross_entropy", models.CrossEntropy, 32,
+        block_v=(None, 1, 8, 32, 1024), order=("forward", "backward", "outside_in"),
+        exp2=(False, True), p_from=("lse", "sum"), reduce=("sum", "term"),
+        sums=("torch", "serial", "tree"), loss_float32=(True, False),
+    ),
+    *_drawn(
+        "linear_cross_entropy", models.LinearCrossEntropy, 24,
+        block_v=(None, 8, 32, 1024), order=("forward", "backward", "outside_in"),
+        exp2=(False, True), p_from=("lse", "sum"), reduce=("sum", "term"),
+        sums=("torch", "serial", "tree"), loss_float32=(True, False), chunk=(None, 1, 4, 16),
+        step=(None, 4, 16), d_rounded=(False, True),
+    ),
+    *_drawn(
+        "linear", models.Linear, 12,
+        step=(None, 1, 8, 32), order=("forward", "backward", "outside_in"),
+        chunk=(None, 1, 8), bias_first=(False, True),
+    ),
+    *_drawn(
+        "embedding", models.Embedding, 10,
+        order=("forward", "backward", "outside_in"), by_id=(False, True),
+        sums=("torch", "serial", "tree"),
+    ),
+    *_drawn("dropout", models.Dropout, 2, multiply=(False, True)),
+    *_drawn(
+        "adamw", models.AdamW, 12,
+        form=("textbook", "torch", "folded"), lerp=(False, True), decay=("first", "update"),
+        in_place=(False, True),
+    ),
+    *_drawn(
+        "sample", models.Sample, 8,
+        sums=("serial", "tiled"), block=(8, 32, 128), normalise=(False, True),
+    ),
+]  # fmt: skip
+
+VARIANTS = [*_MODELS, *_TORCH, *_twins()]

@@ -1,0 +1,908 @@
+"""Philox, dropout, residual norm, head and loss, optimiser and sampling against other sources."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+import triton
+import triton.language as tl
+from gaugeblock.reference import (
+    adamw,
+    dropout,
+    dropout_backward,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+    sample,
+)
+from gaugeblock.reference._philox import keep_mask, philox, words
+from gaugeblock.reference._rounding import Arithmetic
+from gaugeblock.reference._sample import cumulative, distribution
+from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.oracle import check
+from gaugeblock.reference.oracle.budget import evaluate
+
+OPS = ("dropout", "residual_layer_norm", "linear_cross_entropy", "adamw", "sample")
+ROWS = {name: CATALOG[name] for name in OPS}
+accepts = CATALOG["sample"].accepts
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def points(*names):
+    return [
+        pytest.param(ROWS[name], case, id=f"{name}-{case.name}")
+        for name in names
+        for case in ROWS[name].select("full")
+    ]
+
+
+DIFFERENTIABLE = points("dropout", "residual_layer_norm", "linear_cross_entropy")
+
+
+def drawn(op, case):
+    """Inputs, options, output gradients."""
+    rng = np.random.default_rng(list(case.name.encode()))
+    inputs, options = op.draw(case, rng), op.options(case)
+    outputs, _ = evaluate(op, inputs, options, None)
+    return inputs, options, tuple(rng.standard_normal(np.shape(y)) for y in outputs), rng
+
+
+# Philox
+
+
+ONES = 0xFFFFFFFF
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
+
+
+# Source: Random123 1.14.0, tests/kat_vectors
+@pytest.mark.parametrize(
+    ("rounds", "counter", "key", "want"),
+    [
+        (7, (0,) * 4, (0,) * 2, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (7, (ONES,) * 4, (ONES,) * 2, "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        (7, *PI, "4dfccaba 190a87f0 c47362ba b6b5242a"),
+        (10, (0,) * 4, (0,) * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (10, (ONES,) * 4, (ONES,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (10, *PI, "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_published_vectors(rounds, counter, key, want):
+    got = philox(counter, key, rounds)
+    assert all(word.dtype == np.uint32 for word in got)
+    assert " ".join(f"{int(word):08x}" for word in got) == want
+
+
+@triton.jit
+def _words_kernel(index_ptr, word_ptr, seed, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    word, _, _, _ = tl.randint4x(seed, tl.load(index_ptr + offs))
+    tl.store(word_ptr + offs, word.to(tl.int32, bitcast=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, -5, 2**32 - 1, 2**40 + 7, 2**63 - 1, -(2**63)])
+def test_words_equal_tritons(seed):
+    index = np.array([0, 1, 2**32 - 1, 2**32, 2**32 + 5, 2**40 + 3, 2**62 + 11, 2**63 - 1])
+    got = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    _words_kernel[(1,)](torch.from_numpy(index).to(DEVICE), got, seed, 8)
+    np.testing.assert_array_equal(words(index, seed), got.cpu().numpy().view(np.uint32))
+
+
+def test_the_high_halves_of_counter_and_key_count():
+    index = np.arange(8)
+    first = words(index, 7)
+    for other in (words(index + 2**32, 7), words(index, 7 + 2**32), words(index, -7)):
+        assert (first != other).all()
+    np.testing.assert_array_equal(words(index, -7), words(index, 2**64 - 7))
+
+
+# dropout
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_the_share_that_is_kept_is_binomial(p):
+    n = 200_000
+    kept = keep_mask((n,), p, 3).sum()
+    assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p))
+
+
+def test_masks_of_different_seeds_are_independent():
+    n, p = 100_000, 0.3
+    masks = [keep_mask((n,), p, seed) for seed in (0, 1, -1, 2**32)]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            q = p * p + (1 - p) ** 2
+            assert abs((a == b).sum() - n * q) <= 5 * math.sqrt(n * q * (1 - q))
+
+
+def test_a_mask_depends_on_the_index_alone():
+    whole = keep_mask((6, 50), 0.4, 9)
+    np.testing.assert_array_equal(whole.ravel(), keep_mask((300,), 0.4, 9))
+    tile = np.arange(300).reshape(6, 50)[2:5, 7:31]
+    np.testing.assert_array_equal(whole[2:5, 7:31], keep_mask(tile, 0.4, 9))
+    x = np.ones((50, 6)).T
+    np.testing.assert_array_equal(dropout(x, 0.4, 9)[0] != 0, whole)
+
+
+def test_an_element_is_kept_from_the_threshold_on():
+    # p is a multiple of 2⁻³², so that a word equal to the threshold exists
+    word = int(words(5, 1))
+    assert keep_mask(np.array([5]), word / 2**32, 1)[0]
+    assert not keep_mask(np.array([5]), (word + 1) / 2**32, 1)[0]
+
+
+def test_dropout_is_its_definition():
+    x = np.random.default_rng(0).standard_normal((3, 11))
+    y, cache = dropout(x, 0.35, -3)
+    (dx,) = dropout_backward(x, cache)
+    for i, value in enumerate(x.flat):
+        counter, key = (i, 0, 0, 0), (2**32 - 3, 2**32 - 1)
+        kept = int(philox(counter, key)[0]) >= math.floor(0.35 * 2**32)
+        assert y.flat[i] == dx.flat[i] == (value / (1 - 0.35) if kept else 0)
+
+
+def test_both_ends_of_p():
+    x = np.random.default_rng(0).standard_normal((4, 5))
+    np.testing.assert_array_equal(dropout(x, 0, 1)[0], x)
+    y, cache = dropout(x, 1, 1)
+    assert (y == 0).all()
+    assert (dropout_backward(x, cache)[0] == 0).all()
+
+
+def test_a_dropped_element_is_0_whatever_it_holds():
+    x = np.full(1000, np.nan)
+    y, _ = dropout(x, 0.5, 1)
+    np.testing.assert_array_equal(np.isnan(y), keep_mask((1000,), 0.5, 1))
+    assert (y[~np.isnan(y)] == 0).all()
+
+
+# gradients
+
+
+def torch_dropout(x, p, seed):
+    scale = 0.0 if p == 1 else 1 / (1 - p)
+    return x * torch.from_numpy(keep_mask(tuple(x.shape), p, seed)) * scale
+
+
+def torch_residual_layer_norm(x, r, w, b, eps=1e-5):
+    return F.layer_norm(x + r, x.shape[-1:], w, b, eps), x + r
+
+
+def torch_linear_cross_entropy(x, w, targets, b=None, **options):
+    return F.cross_entropy(F.linear(x, w, b), targets, **options)
+
+
+TORCH = {
+    "dropout": torch_dropout,
+    "residual_layer_norm": torch_residual_layer_norm,
+    "linear_cross_entropy": torch_linear_cross_entropy,
+}
+
+
+@pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
+def test_agrees_with_torch_in_float64(op, case):
+    inputs, options, dys, _ = drawn(op, case)
+    outputs, gradients = evaluate(op, inputs, options, dys)
+    given = op.differentiable(inputs)
+    tensors = {n: None if x is None else torch.from_numpy(x.copy()) for n, x in inputs.items()}
+    floating = [tensors[n].requires_grad_() for n in given]
+    theirs = TORCH[op.name](*tensors.values(), **options)
+    theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+    seeds = [torch.from_numpy(np.array(dy)) for dy in dys]
+    their_gradients = torch.autograd.grad(theirs, floating, seeds)
+    gradients = [g for g in gradients if g is not None]
+    assert len(gradients) == len(floating)
+    pairs = [*zip(outputs, theirs), *zip(gradients, their_gradients)]
+    pairs = [(ours, want.detach().numpy()) for ours, want in pairs]
+    # float64 rounding of the largest terms that are added
+    terms = [x for _, x in pairs] + [inputs[n] for n in given]
+    atol = 1e-12 * max(np.abs(x[np.isfinite(x)]).max(initial=0) for x in terms)
+    for ours, want in pairs:
+        assert np.shape(ours) == want.shape
+        np.testing.assert_allclose(ours, want, rtol=1e-12, atol=atol)
+
+
+@pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
+def test_gradients_agree_with_central_differences(op, case):
+    inputs, options, dys, rng = drawn(op, case)
+    _, gradients = evaluate(op, inputs, options, dys)
+    names = op.differentiable(inputs)
+    directions = {n: rng.standard_normal(inputs[n].shape) for n in names}
+
+    def objective(t):
+        moved = {n: x + t * directions[n] if n in directions else x for n, x in inputs.items()}
+        ys, _ = evaluate(op, moved, options, None)
+        parts = [y * dy for y, dy in zip(ys, dys)]
+        return sum(p.sum() for p in parts), sum(np.abs(p).sum() for p in parts)
+
+    def slope(h):
+        return (objective(h)[0] - objective(-h)[0]) / (2 * h)
+
+    if not np.isfinite(objective(0)[0]):
+        assert case.name == "all_ignored_mean"
+        return
+    h = 1e-7 if case.name == "tiny" else 1e-5
+    coarse, fine = slope(h), slope(h / 2)
+    given = [g for g in gradients if g is not None]
+    assert len(given) == len(names)
+    analytic = sum(
+        (g * d)[np.isfinite(inputs[n])].sum() for (n, d), g in zip(directions.items(), given)
+    )
+    # what is left of the h² term after halving h, and the rounding of the sums that h divides
+    scale = max(abs(analytic), *(np.abs(g).max(initial=0) for g in given), 0.0)
+    rounding = 64 * np.finfo(float).eps * (objective(0)[1] + scale) / h
+    assert abs(fine - analytic) <= 2 * abs(coarse - fine) + rounding
+    if "degenerate" not in case.tags:
+        assert abs(analytic) > 100 * (2 * abs(coarse - fine) + rounding), "it could not have failed"
+
+
+def test_both_summands_have_the_same_gradient_and_h_is_their_sum():
+    rng = np.random.default_rng(0)
+    x, r, dy, dh = rng.standard_normal((4, 3, 8))
+    w, b = rng.standard_normal((2, 8))
+    op = ROWS["residual_layer_norm"]
+    (_, h), (dx, dr, _, _) = evaluate(op, dict(x=x, r=r, w=w, b=b), {}, (dy, dh))
+    np.testing.assert_array_equal(h, x + r)
+    np.testing.assert_array_equal(dx, dr)
+    _, (without, *_) = evaluate(op, dict(x=x, r=r, w=w, b=b), {}, (dy, 0 * dh))
+    np.testing.assert_allclose(dx - without, dh, rtol=1e-12, atol=1e-14)
+
+
+def test_a_missing_bias_has_no_gradient_and_is_a_bias_of_0():
+    rng = np.random.default_rng(0)
+    x, w, targets = rng.standard_normal((5, 8)), rng.standard_normal((11, 8)), np.arange(5)
+    loss, cache = linear_cross_entropy(x, w, targets)
+    dx, dw, db = linear_cross_entropy_backward(2.0, cache)
+    zero, other = linear_cross_entropy(x, w, targets, np.zeros(11))
+    assert db is None
+    assert loss == zero
+    for ours, want in zip((dx, dw), linear_cross_entropy_backward(2.0, other)):
+        np.testing.assert_array_equal(ours, want)
+
+
+# adamw
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(weight_decay=0.0),
+        dict(weight_decay=2.0),
+        dict(eps=0.5),
+        dict(beta1=0.0),
+        dict(beta1=0.99, beta2=0.999),
+        dict(lr=6e-4),
+    ],
+    ids=str,
+)
+def test_ten_steps_equal_torchs(change):
+    options = dict(lr=0.05, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1) | change
+    rng = np.random.default_rng(0)
+    p = rng.standard_normal((7, 33))
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    theirs = torch.nn.Parameter(torch.from_numpy(p.copy()))
+    optimiser = torch.optim.AdamW(
+        [theirs],
+        lr=options["lr"],
+        betas=(options["beta1"], options["beta2"]),
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        foreach=False,
+    )
+    for step in range(1, 11):
+        g = rng.standard_normal(p.shape)
+        (p, m, v), none = adamw(p, g, m, v, step, **options)
+        assert none is None
+        theirs.grad = torch.from_numpy(g)
+        optimiser.step()
+        state = optimiser.state[theirs]
+        wants = theirs.detach(), state["exp_avg"], state["exp_avg_sq"]
+        for ours, want in zip((p, m, v), wants):
+            # the terms that are added are of the size of the largest element
+            want = want.numpy()
+            np.testing.assert_allclose(ours, want, rtol=1e-14, atol=1e-14 * np.abs(want).max())
+
+
+# sample
+
+
+def brute_force(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """One row, token by token."""
+    if temperature == 0:
+        return list(logits).index(max(logits))
+    s = [x / temperature for x in logits]
+    kept = [i for i in range(len(s)) if s[i] > -math.inf]
+
+    def probabilities():
+        largest = max(s[i] for i in kept)
+        e = {i: math.exp(s[i] - largest) for i in kept}
+        total = math.fsum(e.values())
+        return {i: x / total for i, x in e.items()}
+
+    if top_k is not None:
+        kth = sorted((s[i] for i in kept), reverse=True)[:top_k][-1]
+        kept = [i for i in kept if s[i] >= kth]
+    if top_p is not None and top_p < 1:
+        p, chosen, mass = probabilities(), [], 0.0
+        # the most probable first, of equals the higher index
+        for i in sorted(kept, key=lambda i: (p[i], i), reverse=True):
+            if mass < top_p:
+                chosen.append(i)
+            mass = math.fsum(p[j] for j in chosen)
+        kept = sorted(chosen)
+    if min_p is not None:
+        p = probabilities()
+        kept = [i for i in kept if p[i] >= min_p * max(p.values())]
+    p = probabilities()
+    for n, i in enumerate(kept):
+        if math.fsum(p[j] for j in kept[: n + 1]) > u:
+            return i
+    return kept[-1]
+
+
+@pytest.mark.parametrize(("op", "case"), points("sample"))
+def test_sample_equals_a_loop_over_rows(op, case):
+    inputs, options, _, _ = drawn(op, case)
+    token, none = sample(**inputs, **options)
+    assert none is None
+    assert token.dtype == np.int64
+    want = [brute_force(row, u, **options) for row, u in zip(inputs["logits"], inputs["u"])]
+    np.testing.assert_array_equal(token, want)
+
+
+def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """The tokens that Hugging Face's warpers keep, in the order in which `generate` builds them."""
+    warpers = [transformers.TemperatureLogitsWarper(float(temperature))]
+    if top_k is not None:
+        warpers.append(transformers.TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(top_p))
+    if min_p is not None:
+        warpers.append(transformers.MinPLogitsWarper(min_p))
+    scores = torch.from_numpy(logits)
+    return np.isfinite(transformers.LogitsProcessorList(warpers)(None, scores).numpy())
+
+
+KEPT = [p for p in points("sample") if p.values[1].settings.get("temperature") != 0.0]
+
+
+@pytest.mark.parametrize(("op", "case"), KEPT)
+def test_the_filters_keep_what_hugging_face_keeps(op, case):
+    inputs, options, _, _ = drawn(op, case)
+    logits = inputs["logits"]
+    kept, theirs = cumulative(logits, **options)[0], warped(logits.copy(), **options)
+    if "equals" in case.name:
+        # which of the equals stay is up to torch's sort: compare what they are
+        kept, theirs = (np.sort(np.where(x, logits, -np.inf), -1) for x in (kept, theirs))
+    np.testing.assert_array_equal(kept, theirs)
+
+
+@pytest.mark.parametrize("options", [
+    dict(top_k=3), dict(top_k=1), dict(top_p=0.47), dict(top_p=0.21), dict(min_p=0.45),
+    dict(top_k=6, top_p=0.57), dict(top_p=0.57, min_p=0.55),
+], ids=str)  # fmt: skip
+def test_equals_at_the_edge_are_kept_as_hugging_face_keeps_them(options):
+    # rows short enough for torch's sort to leave equals in their order
+    logits = np.log(np.random.default_rng(0).integers(1, 4, (50, 16)).astype(float))
+    kept, _ = cumulative(logits, **options)
+    np.testing.assert_array_equal(kept, warped(logits.copy(), **options))
+
+
+def test_the_distribution_ends_at_1_and_every_token_is_hit():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((4, 30))
+    kept, cdf = cumulative(logits, top_k=7)
+    assert (cdf[:, -1] == 1).all()
+    assert (kept.sum(-1) == 7).all()
+    u = (np.arange(20_000) + 0.5) / 20_000
+    drawn_tokens = sample(np.broadcast_to(logits[:, None], (4, 20_000, 30)), np.tile(u, (4, 1)),
+                          top_k=7)[0]  # fmt: skip
+    for row in range(4):
+        share = np.bincount(drawn_tokens[row], minlength=30) / 20_000
+        np.testing.assert_allclose(share, np.diff(cdf[row], prepend=0), atol=1 / 20_000)
+        np.testing.assert_array_equal(share > 0, kept[row])
+
+
+def test_an_interval_holds_its_lower_end_and_not_its_upper():
+    token, _ = sample(np.zeros((5, 4)), np.array([0.0, 0.25, 0.5, 0.75, np.nextafter(1, 0)]))
+    np.testing.assert_array_equal(token, [0, 1, 2, 3, 3])
+
+
+def test_the_most_probable_token_stays_however_small_top_p_is():
+    kept, cdf = cumulative(np.array([0.3, 2.0, -1.0]), top_p=1e-30)
+    np.testing.assert_array_equal(kept, [False, True, False])
+    np.testing.assert_array_equal(cdf, [0, 1, 1])
+
+
+def test_leading_dimensions_are_free():
+    rng = np.random.default_rng(0)
+    logits, u = rng.standard_normal((2, 3, 9)), rng.random((2, 3))
+    token, _ = sample(logits, u)
+    np.testing.assert_array_equal(token.ravel(), sample(logits.reshape(6, 9), u.ravel())[0])
+    assert sample(logits[0, 0], u[0, 0])[0] == token[0, 0]
+
+
+RUNS = [
+    Arithmetic(np.dtype(np.float32), chunk=chunk, unit=unit, roads=roads).array
+    for chunk, unit, roads in ((0, 1.0, False), (16, 1.3, True), (1, 1.7, False))
+]
+
+
+@pytest.mark.parametrize(("op", "case"), points("sample"))
+def test_the_cumulative_works_under_legal_arithmetics(op, case):
+    inputs, options, _, _ = drawn(op, case)
+    exact, _ = cumulative(inputs["logits"], **options)
+    for run in RUNS:
+        kept, cdf = cumulative(run(inputs["logits"]), **options)
+        assert kept.dtype == bool
+        assert cdf.dtype == np.float32
+        assert (cdf[..., -1] == 1).all()
+        if "equals" not in case.name:
+            np.testing.assert_array_equal(kept, exact)
+        # V roundings of sums that are at most 1, and of exp at arguments of a few hundred
+        error = np.abs(np.asarray(cdf, float) - distribution(
+            inputs["logits"] / (options.get("temperature", 1.0) or 1.0), np.asarray(kept)
+        ))  # fmt: skip
+        room = (inputs["logits"].shape[-1] + 2000) * np.finfo(np.float32).eps
+        assert error.max(initial=0) <= room
+
+
+@pytest.mark.parametrize(("op", "case"), points("sample"))
+def test_the_oracle_accepts_the_reference_and_no_other_token(op, case):
+    inputs, options, _, _ = drawn(op, case)
+    token, _ = sample(**inputs, **options)
+    assert accepts(token, inputs, options, RUNS).all()
+    V = inputs["logits"].shape[-1]
+    if "degenerate" in case.tags:
+        return
+    for wrong in ((token + 1) % V, (token - 1) % V, token * 0 - 1, token * 0 + V):
+        assert not accepts(wrong, inputs, options, RUNS).all()
+
+
+def test_either_neighbour_of_a_boundary_is_accepted_and_no_third():
+    logits = np.log(np.array([[0.25, 0.25, 0.25, 0.25]]))
+    for u, right in ((0.5 - 1e-9, [1, 2]), (0.5 + 1e-9, [1, 2]), (0.6, [2])):
+        inputs = dict(logits=logits, u=np.array([u]))
+        ok = [i for i in range(4) if accepts(np.array([i]), inputs, {}, RUNS).all()]
+        assert ok == right
+
+
+def test_what_is_no_token_is_not_accepted():
+    inputs = dict(logits=np.zeros((1, 4)), u=np.array([0.1]))
+    assert accepts(np.array([0.0]), inputs, {}, RUNS).all()
+    for wrong in (-1, 4, 0.5, math.nan):
+        assert not accepts(np.array([wrong]), inputs, {}, RUNS).any()
+
+
+def test_either_side_of_a_filters_threshold_is_accepted():
+    p = np.array([[0.4, 0.3, 0.2, 0.1]])
+    u = np.array([0.95])
+
+    def right(**options):
+        inputs = dict(logits=np.log(p), u=u)
+        return [i for i in range(4) if accepts(np.array([i]), inputs, options, RUNS).all()]
+
+    # 0.4 + 0.3 is 0.7 within a rounding, and 0.2 is half of 0.4
+    assert right(top_p=0.7) == [1, 2]
+    assert right(min_p=0.5) == [1, 2]
+    assert right(top_p=0.69) == [1]
+    assert right(min_p=0.51) == [1]
+
+
+def test_equals_at_the_edge_of_top_p_may_be_chosen_in_any_way():
+    rng = np.random.default_rng(0)
+    logits = np.log(rng.integers(1, 4, 9) / 20.0)
+    options, runs = dict(top_p=0.55), RUNS
+    kept, _ = cumulative(logits, **options)
+    equal = np.flatnonzero(logits == logits[kept].min())
+    chosen = int(kept[equal].sum())
+    assert 0 < chosen < len(equal)
+    sets = [kept | (logits == logits[equal[0]])]
+    for some in itertools.combinations(equal, chosen):
+        sets.append(kept & (logits > logits[equal[0]]) | np.isin(np.arange(9), some))
+    for u in rng.random(200):
+        right = {int((distribution(logits, s) > u).argmax()) for s in sets}
+        inputs = dict(logits=logits[None], u=np.array([u]))
+        accepted = {i for i in range(9) if accepts(np.array([i]), inputs, options, runs).all()}
+        assert accepted == right
+
+
+# errors
+
+
+WRONGS = [
+    pytest.param(op, wrong, id=f"{op.name}-{wrong.name}")
+    for op in ROWS.values()
+    for wrong in op.errors
+]
+
+
+@pytest.mark.parametrize(("op", "wrong"), WRONGS)
+def test_the_reference_refuses(op, wrong):
+    rng = np.random.default_rng(0)
+    case = op.cases[0]
+    inputs = op.draw(case, rng)
+    op.reference(*inputs.values(), **op.options(case))
+    for name, shape in wrong.shapes.items():
+        integer = inputs[name].dtype.kind == "i"
+        inputs[name] = np.zeros(shape, int) if integer else rng.random(shape)
+    for name, change in wrong.values.items():
+        inputs[name] = change(inputs[name])
+    with pytest.raises(wrong.raises, match=f"^{op.name}: {wrong.match}") as caught:
+        op.reference(*inputs.values(), **{**op.options(case), **wrong.options})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "raises", "message"),
+    [
+        (lambda: dropout(np.ones(3), 0.5, "x"), TypeError, "dropout: seed must be an integer"),
+        (lambda: dropout(np.ones(3), 0.5, -(2**63) - 1), ValueError, "dropout: seed must lie in"),
+        (lambda: sample(np.ones((2, 3)), np.array([0.5, np.nan])), ValueError, "u must lie in"),
+        (lambda: sample(np.ones(3), 0.5, temperature=math.nan), ValueError, "temperature must be"),
+        (lambda: sample(np.ones(3), 0.5, temperature=math.inf), ValueError, "temperature must be"),
+        (lambda: cumulative(np.ones(3), top_p=math.nan), ValueError, "top_p must lie in"),
+        (lambda: cumulative(np.ones(3), min_p=-0.1), ValueError, "min_p must lie in"),
+    ],
+)
+def test_other_bad_values_are_refused(call, raises, message):
+    with pytest.raises(raises, match=message):
+        call()
+
+
+# the oracle: legal implementations in torch pass, and each way to be wrong is named
+
+
+def wide(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def torch_keep_mask(shape, p, seed):
+    """Philox in int64, whose products wrap; halves are taken with a mask."""
+    low = 0xFFFFFFFF
+    i = torch.arange(math.prod(shape)).reshape(shape)
+    c = [i & low, i >> 32, torch.zeros_like(i), torch.zeros_like(i)]
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [((b >> 32) & low) ^ c[1] ^ k0, b & low, ((a >> 32) & low) ^ c[3] ^ k1, a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c[0] >= math.floor(p * 2**32)
+
+
+def eager_dropout(x, p, seed):
+    kept = torch_keep_mask(tuple(x.shape), p, seed)
+    return torch.where(kept, wide(x) / (1 - p or 1), 0.0).to(x.dtype)
+
+
+def dropout_in_float32(x, p, seed):
+    """p and 1/(1 − p) in float32, as in a kernel that takes p as a scalar."""
+    keep = 1 - torch.tensor(p, dtype=torch.float32)
+    scale = torch.where(keep == 0, 0.0, 1 / keep)
+    return (x.float() * torch_keep_mask(tuple(x.shape), p, seed) * scale).to(x.dtype)
+
+
+def eager_residual_layer_norm(x, r, w, b, eps=1e-5):
+    h = wide(x) + wide(r)
+    centred = h - h.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * wide(w) + wide(b)
+    return y.to(x.dtype), h.to(x.dtype)
+
+
+class NormOfWrittenSum(torch.autograd.Function):
+    """The backward reads the h that the forward wrote."""
+
+    @staticmethod
+    def forward(ctx, x, r, w, b, eps):
+        h = x.float() + r.float()
+        mean = h.mean(-1, keepdim=True)
+        rstd = torch.rsqrt((h - mean).square().mean(-1, keepdim=True) + eps)
+        y = (h - mean) * rstd * w.float() + b.float()
+        ctx.save_for_backward(h.to(x.dtype), mean, rstd, w)
+        return y.to(x.dtype), h.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        h, mean, rstd, w = ctx.saved_tensors
+        hhat, g = (h.float() - mean) * rstd, dy.float() * w.float()
+        dx = g - g.mean(-1, keepdim=True) - hhat * (g * hhat).mean(-1, keepdim=True)
+        dx = (rstd * dx + dh.float()).to(h.dtype)
+        dw, db = (dy.float() * hhat).sum(0).to(w.dtype), dy.float().sum(0).to(w.dtype)
+        return dx, dx, dw, db, None
+
+
+def residual_layer_norm_written(x, r, w, b, eps=1e-5):
+    return NormOfWrittenSum.apply(x, r, w, b, eps)
+
+
+def eager_linear_cross_entropy(x, w, targets, b=None, **options):
+    logits = F.linear(wide(x), wide(w), None if b is None else wide(b))
+    return F.cross_entropy(logits, targets, **options)
+
+
+def stored_dlogits(x, w, targets, b=None, **options):
+    logits = F.linear(x.float(), w.float(), None if b is None else b.float())
+    if logits.requires_grad:
+        logits.register_hook(lambda g: g.to(x.dtype).float())
+    return F.cross_entropy(logits, targets, **options)
+
+
+def eager_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
+    """In place."""
+    p32, g32, m32, v32 = map(wide, (p, g, m, v))
+    m32 = beta1 * m32 + (1 - beta1) * g32
+    v32 = beta2 * v32 + (1 - beta2) * g32 * g32
+    root = v32.sqrt() / math.sqrt(1 - beta2**step)
+    p.copy_(p32 * (1 - lr * weight_decay) - lr / (1 - beta1**step) * m32 / (root + eps))
+    m.copy_(m32)
+    v.copy_(v32)
+
+
+def adamw_in_float32(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
+    """All scalars, and 1 − βᵗ, in float32; the first moment by interpolation; new tensors."""
+    lr, beta1, beta2, eps, weight_decay = (
+        torch.tensor(s, dtype=torch.float32) for s in (lr, beta1, beta2, eps, weight_decay)
+    )
+    p32, g32, m32, v32 = (x.float() for x in (p, g, m, v))
+    m32 = m32 + (g32 - m32) * (1 - beta1)
+    v32 = beta2 * v32 + (1 - beta2) * g32 * g32
+    root = (v32 / (1 - beta2**step)).sqrt()
+    p32 = p32 - lr * weight_decay * p32
+    p32 = p32 - lr * (m32 / (1 - beta1**step)) / (root + eps)
+    return p32.to(p.dtype), m32.to(p.dtype), v32.to(p.dtype)
+
+
+def eager_sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    if temperature == 0:
+        return (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
+    s = wide(logits) / temperature
+    V = s.shape[-1]
+    if top_k is not None:
+        s = s.masked_fill(s < s.topk(min(top_k, V)).values[..., -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        ranked, order = s.sort(dim=-1, descending=True, stable=True)
+        p = ranked.softmax(-1)
+        gone = p.cumsum(-1) - p >= top_p
+        gone[..., 0] = False
+        s = s.masked_fill(torch.zeros_like(gone).scatter(-1, order, gone), -math.inf)
+    if min_p is not None:
+        p = s.softmax(-1)
+        s = s.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+    p = s.softmax(-1)
+    cdf = p.cumsum(-1)
+    hit = (cdf > wide(u)[..., None] * cdf[..., -1:]) & (p > 0)
+    last = V - 1 - (p > 0).flip(-1).int().argmax(-1)
+    return torch.where(hit.any(-1), hit.int().argmax(-1), last)
+
+
+def layouts_of(op):
+    """What is updated in place cannot have strides of 0."""
+    return ("contiguous", "transposed", "sliced", "offset") if op.updates else None
+
+
+LEGAL = {
+    "dropout": [eager_dropout, dropout_in_float32],
+    "residual_layer_norm": [eager_residual_layer_norm, residual_layer_norm_written],
+    "linear_cross_entropy": [eager_linear_cross_entropy, stored_dlogits],
+    "adamw": [eager_adamw, adamw_in_float32],
+    "sample": [eager_sample],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "fn"),
+    [pytest.param(op, fn, id=fn.__name__) for op, fns in LEGAL.items() for fn in fns],
+)
+def test_a_legal_implementation_passes(op, fn, dtype):
+    report = check(ROWS[op], fn, dtypes=(dtype,), cases="full", layouts=("contiguous", "sliced"))
+    assert report.passed, report.failures[:3]
+    assert {r.case for r in report.results} == {c.name for c in ROWS[op].select("full")}
+
+
+def wrong_seed_half(x, p, seed):
+    return eager_dropout(x, p, seed & 0xFFFFFFFF)
+
+
+def wrong_one_seed(x, p, seed):
+    return eager_dropout(x, p, 0)
+
+
+def wrong_unscaled(x, p, seed):
+    return torch.where(torch_keep_mask(tuple(x.shape), p, seed), x, 0.0)
+
+
+def wrong_complement(x, p, seed):
+    kept = ~torch_keep_mask(tuple(x.shape), p, seed)
+    return torch.where(kept, wide(x) / max(1 - p, 1e-6), 0.0).to(x.dtype)
+
+
+def wrong_backward_mask(x, p, seed):
+    y = eager_dropout(x, p, seed)
+    return y.detach() + (x - x.detach()) / max(1 - p, 1e-6)
+
+
+def wrong_rounded_h(x, r, w, b, eps=1e-5):
+    h = (wide(x) + wide(r)).to(x.dtype)
+    return eager_residual_layer_norm(h, torch.zeros_like(h), w, b, eps)
+
+
+def wrong_lost_dh(x, r, w, b, eps=1e-5):
+    y, h = eager_residual_layer_norm(x, r, w, b, eps)
+    return y, h.detach()
+
+
+def wrong_one_summand_has_no_gradient(x, r, w, b, eps=1e-5):
+    return eager_residual_layer_norm(x, r.detach(), w, b, eps)
+
+
+def wrong_order(x, r, w, b, eps=1e-5):
+    y, _ = eager_residual_layer_norm(x, torch.zeros_like(r), w, b, eps)
+    return (wide(y) + wide(r)).to(x.dtype), (wide(x) + wide(r)).to(x.dtype)
+
+
+def wrong_low_precision_logits(x, w, targets, b=None, **options):
+    logits = F.linear(wide(x), wide(w), None if b is None else wide(b)).bfloat16().float()
+    return F.cross_entropy(logits, targets, **options)
+
+
+def wrong_bias_ignored(x, w, targets, b=None, **options):
+    return eager_linear_cross_entropy(x, w, targets, **options)
+
+
+def wrong_mean_of_all(x, w, targets, b=None, reduction="mean", **options):
+    losses = eager_linear_cross_entropy(x, w, targets, b, reduction="none", **options)
+    return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+
+def wrong_ignore_index(x, w, targets, b=None, ignore_index=-100, **options):
+    targets = torch.where(targets == -100, 0, targets)
+    return eager_linear_cross_entropy(x, w, targets, b, **options)
+
+
+def wrong_no_maximum(x, w, targets, b=None, **options):
+    logits = F.linear(wide(x), wide(w), None if b is None else wide(b))
+    lse = logits.exp().sum(-1)
+    shifted = logits - lse.log()[:, None]
+    return F.cross_entropy(shifted, targets, **options)
+
+
+def wrong_adamw(change):
+    """A step in float32 with one thing changed."""
+
+    def fn(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
+        p32, g32, m32, v32 = map(wide, (p, g, m, v))
+        if change == "l2":
+            g32 = g32 + weight_decay * p32
+        m32 = beta1 * m32 + (1 - beta1) * g32
+        v32 = beta2 * v32 + (1 - beta2) * g32 * g32
+        t = step - 1 if change == "step_from_0" else step
+        c1, c2 = (1.0, 1.0) if change == "uncorrected" else (1 - beta1**t, 1 - beta2**t)
+        if change == "uncorrected_v":
+            c2 = 1.0
+        vhat = v32 / max(c2, 1e-9)
+        root = (vhat + eps).sqrt() if change == "eps_inside" else vhat.sqrt() + eps
+        update = lr * m32 / max(c1, 1e-9) / root
+        decay = 1 if change == "l2" else 1 - lr * weight_decay
+        p32 = (p32 - update) * decay if change == "decay_last" else p32 * decay - update
+        p.copy_(p32)
+        if change != "moments_kept":
+            m.copy_(m32)
+            v.copy_(v32)
+
+    fn.__name__ = f"wrong_{change}"
+    return fn
+
+
+def wrong_sample(change):
+    """A sampler with one thing changed."""
+
+    def fn(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+        if change == "greedy_last" and temperature == 0:
+            V = logits.shape[-1]
+            best = (logits == logits.amax(-1, keepdim=True)).flip(-1).int().argmax(-1)
+            return V - 1 - best
+        if change == "always_greedy":
+            return logits.argmax(-1)
+        if change == "temperature_ignored" and temperature:
+            temperature = 1.0
+        if change == "one_fewer_in_top_k" and top_k is not None:
+            top_k = max(top_k - 1, 1)
+        if change == "exactly_k" and top_k is not None:
+            best = logits.topk(min(top_k, logits.shape[-1])).indices
+            logits = torch.full_like(logits, -math.inf).scatter(-1, best, logits.gather(-1, best))
+        if change == "top_p_without_the_last" and top_p is not None and top_p < 1:
+            ranked, order = (wide(logits) / temperature).sort(-1, descending=True)
+            gone = ranked.softmax(-1).cumsum(-1) > top_p
+            gone[..., 0] = False
+            gone = torch.zeros_like(gone).scatter(-1, order, gone)
+            logits, top_p = logits.masked_fill(gone, -math.inf), None
+        if change == "min_p_of_1" and min_p is not None:
+            gone = (wide(logits) / temperature).softmax(-1) < min_p
+            gone &= logits < logits.amax(-1, keepdim=True)
+            logits, min_p = logits.masked_fill(gone, -math.inf), None
+        if change == "not_renormalised" and top_k is not None:
+            cdf = (wide(logits) / temperature).softmax(-1).cumsum(-1)
+            return (cdf > wide(u)[..., None]).int().argmax(-1)
+        if change == "reversed_u":
+            u = (1 - 2**-8) - u
+        return eager_sample(logits, u, temperature, top_k, top_p, min_p)
+
+    fn.__name__ = f"wrong_{change}"
+    return fn
+
+
+WRONG = {
+    "dropout": [
+        wrong_seed_half, wrong_one_seed, wrong_unscaled, wrong_complement, wrong_backward_mask,
+    ],
+    "residual_layer_norm": [
+        wrong_rounded_h, wrong_lost_dh, wrong_one_summand_has_no_gradient, wrong_order,
+    ],
+    "linear_cross_entropy": [
+        wrong_low_precision_logits, wrong_bias_ignored, wrong_mean_of_all, wrong_ignore_index,
+        wrong_no_maximum,
+    ],
+    "adamw": [
+        wrong_adamw(change)
+        for change in ("l2", "uncorrected", "uncorrected_v", "step_from_0", "eps_inside",
+                       "decay_last", "moments_kept")
+    ],
+    "sample": [
+        wrong_sample(change)
+        for change in ("greedy_last", "always_greedy", "temperature_ignored", "one_fewer_in_top_k",
+                       "exactly_k", "top_p_without_the_last", "min_p_of_1", "not_renormalised",
+                       "reversed_u")
+    ],
+}  # fmt: skip
+# a rounding to the storage dtype is none in float32
+NOT_WRONG_IN = {"wrong_rounded_h": {"float32"}}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "fn"),
+    [pytest.param(op, fn, id=fn.__name__) for op, fns in WRONG.items() for fn in fns],
+)
+def test_a_wrong_implementation_is_named_wrong(op, fn, dtype):
+    report = check(ROWS[op], fn, dtypes=(dtype,), layouts=("contiguous",), memory=False)
+    assert report.passed == (dtype in NOT_WRONG_IN.get(fn.__name__, ()))
+    kinds = {r.kind for r in report.failures}
+    assert kinds <= {"row", "rms", "nonfinite", "choice"}, report.failures
+
+
+@pytest.mark.parametrize("op", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("value", [0, 1])
+def test_constants_fail_every_case_that_is_not_degenerate(op, value):
+    def constant(*tensors, **options):
+        like = [op.outputs[name] for name in op.outputs]
+        inputs = dict(zip(op.inputs, tensors))
+        shapes = [wanted(spec, inputs) for spec in like]
+        kind = torch.int64 if op.accepts else torch.float32
+        if options.get("reduction") == "none":
+            shapes = [inputs["targets"].shape]
+        return tuple(torch.full(shape, value, dtype=kind) for shape in shapes)
+
+    def wanted(spec, inputs):
+        sizes = {
+            d: n
+            for name, tensor in inputs.items()
+            for d, n in zip(op.inputs[name].shape.split(), tensor.shape)
+        }
+        return tuple(sizes[d] for d in spec.split())
+
+    for case in op.select("full"):
+        if "degenerate" not in case.tags:
+            report = check(
+                op,
+                constant,
+                expression=case.name,
+                cases="full",
+                layouts=("contiguous",),
+                memory=False,
+            )
+            assert not report.passed, case
