@@ -1,30 +1,21 @@
 """Liger-Kernel's rotary position embedding, an op that the catalog does not hold.
 
-python examples/liger_rope.py
+gaugeblock check examples.liger_rope:ROPE examples.liger_rope:candidate --dtype float16
 """
 
-import os
+from . import interpreted  # noqa: F401
 
-os.environ["TRITON_INTERPRET"] = "1"
-
+# isort: split
 import numpy as np
-from gaugeblock.reference.oracle import Case, Input, Op, check
-from gaugeblock.reference.report import print_report
+from gaugeblock.reference.oracle import Case, Input, Op, stored
 from liger_kernel.ops.rope import LigerRopeFunction
 
 
 def turn(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + D/2}) by the angles of `cos` and `sin`, (T, D/2)."""
     a, b = np.split(x, 2, -1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def rope(q, k, cos, sin):
-    return turn(q, cos, sin), turn(k, cos, sin)
-
-
-def rope_backward(dys, q, k, cos, sin):
-    return tuple(turn(dy, cos, -sin) for dy in dys)
+    # half precision multiplies in half precision: Liger, like eager torch, rounds the products
+    y = stored(a * cos) - stored(b * sin), stored(b * cos) + stored(a * sin)
+    return np.concatenate(y, -1)
 
 
 def candidate(q, k, cos, sin):
@@ -32,21 +23,12 @@ def candidate(q, k, cos, sin):
     return LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin, None, 1, q.shape[-1])
 
 
+TABLE = Input("T R", grad=False)
 ROPE = Op(
     "rope",
-    rope,
-    {
-        "q": "B H T D",
-        "k": "B Hkv T D",
-        "cos": Input("T R", grad=False),
-        "sin": Input("T R", grad=False),
-    },
+    lambda q, k, cos, sin: (turn(q, cos, sin), turn(k, cos, sin)),
+    {"q": "B H T D", "k": "B Hkv T D", "cos": TABLE, "sin": TABLE},
     [Case("odd", B=2, H=3, Hkv=3, T=7, D=10, R=5), Case("grouped", B=1, H=4, Hkv=2, T=5, D=8, R=4)],
     outputs={"q_turned": "B H T D", "k_turned": "B Hkv T D"},
-    backward=rope_backward,
+    backward=lambda dys, q, k, cos, sin: tuple(turn(dy, cos, -sin) for dy in dys),
 )
-
-if __name__ == "__main__":
-    report = check(ROPE, candidate)
-    print_report(report)
-    raise SystemExit(not report.passed)

@@ -187,7 +187,7 @@ def _attention_bwd_delta_kernel(
 def _attention_bwd_scores(q, k, v, do, lse, delta, visible, scale_log2e, ACC: tl.constexpr):
     """p and ds of a tile, queries along rows; both 0 where the mask hides."""
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), ACC))
-    p = tl.where(visible, tl.exp2(s * scale_log2e - (lse * _LOG2E)[:, None]), 0.0)
+    p = tl.exp2(tl.where(visible, s * scale_log2e - (lse * _LOG2E)[:, None], float("-inf")))
     dp = dot(do, tl.trans(v), tl.zeros((q.shape[0], k.shape[0]), ACC))
     ds = tl.where(visible, p * (dp - delta[:, None]), 0.0)
     return p, ds

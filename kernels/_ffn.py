@@ -204,10 +204,14 @@ _fwd_op.register_autograd(_differentiate, setup_context=_save)
 
 def _eager(x, w1, b1, w2, b2, activation="gelu_tanh"):
     """The plain torch twin."""
-    # oneDNN's bfloat16 product reads one value past an odd row of a slice, and 0·NaN is NaN
+    # oneDNN's bfloat16 product reads one value past an odd row of a slice, and 0·NaN is NaN;
+    # the same for dy, below
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     z = F.linear(x, w1.t(), b1)
-    return F.linear(ACTIVATIONS[activation](z), w2.t(), b2)
+    y = F.linear(ACTIVATIONS[activation](z), w2.t(), b2)
+    if y.requires_grad:
+        y.register_hook(torch.Tensor.contiguous)
+    return y
 
 
 def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, impl="auto"):

@@ -90,10 +90,23 @@ def attention(
         Tq, Tk, causal=causal, align=align, window=window, global_tokens=global_tokens,
         lengths=lengths, cu_seqlens=cu_seqlens,
     )  # fmt: skip
+    keep = 1.0
+    if dropout:
+        keep = keep_mask((len(q), H, Tq, Tk), dropout, seed) / (1 - dropout or 1)
+    (o, lse), cache = attend(q, k, v, visible, keep, scale)
+    return ((o, lse) if return_lse else o), (*cache, Hkv, return_lse)
+
+
+def attend(q, k, v, visible, keep, scale):
+    """(o, lse), cache of any queries over any keys, where `visible` says who sees whom.
+
+    keep: what the weights are multiplied with after the softmax, for dropout.
+    """
+    repeats = q.shape[1] // k.shape[1]
     sees, seen = visible.any(-1, keepdims=True), visible.any(-2)[..., None]
     q = np.where(sees, q, 0.0)
-    k = np.repeat(np.where(seen, k, 0.0), H // Hkv, axis=1)
-    v = np.repeat(np.where(seen, v, 0.0), H // Hkv, axis=1)
+    k = np.repeat(np.where(seen, k, 0.0), repeats, axis=1)
+    v = np.repeat(np.where(seen, v, 0.0), repeats, axis=1)
 
     with np.errstate(divide="ignore", invalid="ignore"):
         s = _scores(q, k, visible, scale)
@@ -102,32 +115,71 @@ def attention(
         lse = m + np.log(total)
         lse_seen = np.where(sees, lse, 0.0)
         p = np.exp(s - rescaled(lse_seen))
-        keep = 1.0
-        if dropout:
-            keep = keep_mask(p.shape, dropout, seed) / (1 - dropout or 1)
         o = np.where(sees, stored(stored(p, unit=total) * keep @ v), 0.0)
-    lse = lse[..., 0]
-    cache = (q, k, v, o, p, lse_seen, keep, visible, scale, Hkv, return_lse)
-    return ((o, lse) if return_lse else o), cache
+    return (o, lse[..., 0]), (q, k, v, o, p, lse_seen, keep, visible, scale)
 
 
 def attention_backward(dy, cache):
     """-> dq, dk, dv. dy is do, or (do, dlse) where lse was returned."""
-    q, k, v, o, p, lse, keep, visible, scale, Hkv, return_lse = cache
-    sees = visible.any(-1, keepdims=True)
-    # nothing of size Tq·Tk is saved in a fused kernel: it computes the scores again
-    p = otherwise(p, lambda: np.exp(_scores(q, k, visible, scale) - rescaled(lse)))
+    *cache, Hkv, return_lse = cache
+    q, k, _, _, _, _, keep, _, scale = cache
     do, dlse = floats(*dy) if return_lse else (floats(dy), None)
-    do = np.where(sees, do, 0.0)
-    dv = (stored(p) * keep).swapaxes(-1, -2) @ do
-    dp = stored(do @ v.swapaxes(-1, -2)) * keep
-    delta = (do * o).sum(-1, keepdims=True)
-    delta = otherwise(delta, lambda: (p * dp).sum(-1, keepdims=True))
-    if dlse is not None:
-        delta = delta - np.where(sees, dlse[..., None], 0.0)
-    ds = stored(p * (dp - delta))
+    p, do = weights_again(do, cache)
+    dv = _value_gradient(p, keep, do)
+    ds = score_gradient(p, do, dlse, cache)
     dq, dk = scale * (ds @ k), scale * (ds.swapaxes(-1, -2) @ q)
     return dq, _over_groups(dk, Hkv), _over_groups(dv, Hkv)
+
+
+def weights_again(do, cache):
+    """p as the backward has it, and do where a query sees something."""
+    q, k, _, _, p, lse, _, visible, scale = cache
+    # nothing of size Tq·Tk is saved in a fused kernel: it computes the scores again
+    p = otherwise(p, lambda: _weights(q, k, lse, visible, scale))
+    return p, np.where(visible.any(-1, keepdims=True), do, 0.0)
+
+
+def score_gradient(p, do, dlse, cache):
+    """ds = p ⊙ (dp − delta), of queries that have all their keys in the cache."""
+    _, _, v, o, _, _, keep, visible, _ = cache
+
+    def delta(dp):
+        total = (do * o).sum(-1, keepdims=True)
+        total = otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
+        if dlse is None:
+            return total
+        return total - np.where(visible.any(-1, keepdims=True), dlse[..., None], 0.0)
+
+    return _score_gradient(p, do, v, keep, delta)
+
+
+def key_gradients(do, q, k, v, lse, delta, visible, keep, scale):
+    """-> dk, dv of some keys from all queries that see them.
+
+    lse, delta (..., n, 1) are those of the queries over all their keys; delta less dlse.
+    """
+    Hkv, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    seen = visible.any(-2)[..., None]
+    k = np.repeat(np.where(seen, k, 0.0), repeats, axis=1)
+    v = np.repeat(np.where(seen, v, 0.0), repeats, axis=1)
+    p = _weights(q, k, lse, visible, scale)
+    dv = _value_gradient(p, keep, do)
+    ds = _score_gradient(p, do, v, keep, lambda dp: delta)
+    dk = scale * (ds.swapaxes(-1, -2) @ q)
+    return _over_groups(dk, Hkv), _over_groups(dv, Hkv)
+
+
+def _value_gradient(p, keep, do):
+    return (stored(p) * keep).swapaxes(-1, -2) @ do
+
+
+def _score_gradient(p, do, v, keep, delta):
+    dp = stored(do @ v.swapaxes(-1, -2)) * keep
+    return stored(p * (dp - delta(dp)))
+
+
+def _weights(q, k, lse, visible, scale):
+    return np.exp(_scores(q, k, visible, scale) - rescaled(lse))
 
 
 def _scores(q, k, visible, scale):

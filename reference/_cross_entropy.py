@@ -56,5 +56,10 @@ def cross_entropy_backward(dloss, cache):
     target = np.zeros(p.shape)
     np.put_along_axis(target, index, 1 - alpha, -1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rows = np.broadcast_to(dloss / count, kept.shape)[..., None]
-        return (np.where(kept[..., None], rows * (p - target - alpha / p.shape[-1]), 0.0),)
+        rows = np.broadcast_to(dloss / count, kept.shape)
+        return (logit_gradient(rows, kept, p, target, alpha / p.shape[-1]),)
+
+
+def logit_gradient(rows, kept, p, target, uniform):
+    """dlogits of any columns. rows: dloss/count; target: (1 − α)·onehot; uniform: α/V."""
+    return np.where(kept[..., None], rows[..., None] * (p - target - uniform), 0.0)

@@ -23,7 +23,11 @@ def dropout(x, p, seed):
     """y = x/(1 − p) where kept, else 0  ->  y, cache."""
     x = floats(x)
     expect_dropout("dropout", "p", p, seed)
-    kept = keep_mask(x.shape, p, seed)
+    return drop(x, keep_mask(x.shape, p, seed), p)
+
+
+def drop(x, kept, p):
+    """`dropout` with its mask given."""
     # in the precision of x: a kernel may take p, and multiply by 1/(1 − p), in float32
     keep = rescaled(1 - np.full_like(x, p, shape=())) or 1
     return np.where(kept, x / keep, 0.0), (kept, keep)

@@ -32,20 +32,30 @@ def ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
     expect_shape("ffn", "b1", b1, "(F,)", (F,))
     expect_shape("ffn", "w2", w2, "(F, C)", (F, C))
     expect_shape("ffn", "b2", b2, "(C,)", (C,))
-    z = stored(x @ w1 + b1)
-    a = stored(_activate(z, activation))
+    z, a = hidden(x, w1, b1, activation)
     return a @ w2 + b2, (x, w1, w2, z, a, activation)
+
+
+def hidden(x, w1, b1, activation):
+    """z = x w1 + b1,  a = f(z)."""
+    z = stored(x @ w1 + b1)
+    return z, stored(_activate(z, activation))
 
 
 def ffn_backward(dy, cache):
     """-> dx, dw1, db1, dw2, db2."""
     x, w1, w2, z, a, activation = cache
     dy = floats(dy)
-    dz = stored(stored(dy @ w2.T) * _slope(z, activation))
+    dz = hidden_gradient(dy, w2, z, activation)
     x, z, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, z, a, dy))
     dx = (dz @ w1.T).reshape((*dz.shape[:-1], w1.shape[0]))
     dz = dz.reshape(z.shape)
     return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0)
+
+
+def hidden_gradient(dy, w2, z, activation):
+    """dz = (dy w2ᵀ) ⊙ f'(z)."""
+    return stored(stored(dy @ w2.T) * _slope(z, activation))
 
 
 def _activate(z, activation):

@@ -4,6 +4,9 @@
     per layer:  h = h + attn(ln_1(h)) c_proj,   h = h + ffn(ln_2(h))
     logits = ln_f(h) headᵀ,   head = wte where tied
 
+A 16-bit model keeps the results of its ops, the residual stream h among them, in its dtype or in
+float32: they are marked `stored`.
+
 Weights are a Hugging Face GPT-2 directory: `config.json` and `model.safetensors`, keys with or
 without the `transformer.` prefix, matrices stored (in, out).
 
@@ -25,6 +28,7 @@ from ._embedding import embedding, embedding_backward
 from ._ffn import ffn, ffn_backward
 from ._layer_norm import layer_norm, layer_norm_backward
 from ._linear import linear, linear_backward
+from ._rounding import floats, stored
 
 # Hugging Face's names for the activations that `ffn` defines
 _ACTIVATIONS = {
@@ -68,7 +72,7 @@ class GPT:
         self.tied = config.get("tie_word_embeddings", True)
         self.scaled = config.get("scale_attn_weights", True)
         self.scaled_by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
-        self.weights = {k: np.asarray(v, dtype=np.float64) for k, v in weights.items()}
+        self.weights = {k: floats(v) for k, v in weights.items()}
         expect_shape("GPT", "wte", self["wte.weight"], "(V, C)", (self.vocab_size, self.n_embd))
         expect_shape("GPT", "wpe", self["wpe.weight"], "(T, C)", (self.block_size, self.n_embd))
 
@@ -124,25 +128,27 @@ class GPT:
                 f"got {ids.shape[1]}; crop them"
             )
         h, embedded = embedding(ids, self["wte.weight"], self["wpe.weight"])
+        h = stored(h)
         layers = []
         for i in range(self.n_layer):
             h, layer = self._block(i, h)
             layers.append(layer)
         h, normed = layer_norm(h, self["ln_f.weight"], self["ln_f.bias"], self.eps)
-        logits, head = linear(h, self._head().T)
-        return logits, (embedded, layers, normed, head)
+        logits, head = linear(stored(h), self._head().T)
+        return stored(logits), (embedded, layers, normed, head)
 
     def backward(self, dlogits, cache):
         """-> {key: gradient} for every weight."""
         embedded, layers, normed, head = cache
         grads = {}
-        dh, dhead, _ = linear_backward(dlogits, head)
-        dh, grads["ln_f.weight"], grads["ln_f.bias"] = layer_norm_backward(dh, normed)
+        dh, dhead, _ = linear_backward(stored(dlogits), head)
+        dh, grads["ln_f.weight"], grads["ln_f.bias"] = layer_norm_backward(stored(dh), normed)
+        dh = stored(dh)
         for i in reversed(range(self.n_layer)):
             dh = self._block_backward(i, dh, layers[i], grads)
         grads["wte.weight"], grads["wpe.weight"] = embedding_backward(dh, embedded)
         if self.tied:
-            grads["wte.weight"] = grads["wte.weight"] + dhead.T
+            grads["wte.weight"] = stored(grads["wte.weight"]) + stored(dhead.T)
         else:
             grads["lm_head.weight"] = dhead.T
         return grads
@@ -155,12 +161,12 @@ class GPT:
 
     def _block(self, i, h):
         x, ln_1 = layer_norm(h, *self._pair(f"h.{i}.ln_1"), self.eps)
-        x, attended = self._attend(i, x)
-        h = h + x
+        x, attended = self._attend(i, stored(x))
+        h = stored(h + stored(x))
         x, ln_2 = layer_norm(h, *self._pair(f"h.{i}.ln_2"), self.eps)
         c_fc, c_proj = self._pair(f"h.{i}.mlp.c_fc"), self._pair(f"h.{i}.mlp.c_proj")
-        x, fed = ffn(x, *c_fc, *c_proj, self.activation)
-        return h + x, (ln_1, attended, ln_2, fed)
+        x, fed = ffn(stored(x), *c_fc, *c_proj, self.activation)
+        return stored(h + stored(x)), (ln_1, attended, ln_2, fed)
 
     def _block_backward(self, i, dh, cache, grads):
         ln_1, attended, ln_2, fed = cache
@@ -168,21 +174,24 @@ class GPT:
         dx, *dffn = ffn_backward(dh, fed)
         names = ("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
         grads.update(zip((key + name for name in names), dffn))
-        dx, grads[key + "ln_2.weight"], grads[key + "ln_2.bias"] = layer_norm_backward(dx, ln_2)
-        dh = dh + dx
+        dx, grads[key + "ln_2.weight"], grads[key + "ln_2.bias"] = layer_norm_backward(
+            stored(dx), ln_2
+        )
+        dh = stored(dh + stored(dx))
         dx = self._attend_backward(i, dh, attended, grads)
-        dx, grads[key + "ln_1.weight"], grads[key + "ln_1.bias"] = layer_norm_backward(dx, ln_1)
-        return dh + dx
+        dx, grads[key + "ln_1.weight"], grads[key + "ln_1.bias"] = layer_norm_backward(
+            stored(dx), ln_1
+        )
+        return stored(dh + stored(dx))
 
     def _attend(self, i, x):
         B, T, C = x.shape
         qkv, projected = linear(x, *self._pair(f"h.{i}.attn.c_attn"))
-        heads = qkv.reshape(B, T, 3, self.n_head, C // self.n_head)
+        heads = stored(qkv).reshape(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.transpose(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         o, attended = attention(q, k, v, causal=True, scale=self._scale(i))
-        y, merged = linear(
-            o.transpose(0, 2, 1, 3).reshape(B, T, C), *self._pair(f"h.{i}.attn.c_proj")
-        )
+        o = stored(o).transpose(0, 2, 1, 3).reshape(B, T, C)
+        y, merged = linear(o, *self._pair(f"h.{i}.attn.c_proj"))
         return y, (projected, attended, merged)
 
     def _attend_backward(self, i, dy, cache, grads):
@@ -190,8 +199,8 @@ class GPT:
         B, T, C = dy.shape
         key = f"h.{i}.attn."
         do, grads[key + "c_proj.weight"], grads[key + "c_proj.bias"] = linear_backward(dy, merged)
-        do = do.reshape(B, T, self.n_head, C // self.n_head).transpose(0, 2, 1, 3)
-        dqkv = np.stack(attention_backward(do, attended))  # (3, B, H, T, D)
+        do = stored(do).reshape(B, T, self.n_head, C // self.n_head).transpose(0, 2, 1, 3)
+        dqkv = stored(np.stack(attention_backward(do, attended)))  # (3, B, H, T, D)
         dqkv = dqkv.transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * C)
         dx, grads[key + "c_attn.weight"], grads[key + "c_attn.bias"] = linear_backward(
             dqkv, projected

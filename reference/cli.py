@@ -16,7 +16,9 @@ def check(
     op: str = typer.Argument(
         help=f"An op of the catalog ({', '.join(CATALOG)}), gpt, or your own Op, as module:name."
     ),
-    candidate: str = typer.Argument(help="Your function, as module:function."),
+    candidate: str = typer.Argument(
+        help="Your function, as module:function; for gpt, what loads your model from a directory."
+    ),
     dtype: list[str] = typer.Option(
         ["float32"], help="float32, tf32, float16, bfloat16, e4m3, e5m2; give it again for more."
     ),
@@ -73,7 +75,7 @@ def check(
         "timeout": timeout,
     }
     if op == "gpt":
-        report = _check_model(candidate, settings)
+        report = _check_model(candidate, settings | {"expression": expression})
     else:
         settings |= {
             "cases": cases,
@@ -122,7 +124,9 @@ def _check_model(candidate, settings):
 
     search_working_folder()
     settings["backward"] = settings["backward"] is not False
-    return check_model(load(candidate, "candidate"), **settings)
+    report = check_model(load(candidate, "candidate"), **settings)
+    report.candidate = candidate
+    return report
 
 
 def _write(report, forms):

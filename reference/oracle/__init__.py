@@ -2,6 +2,7 @@
 
 from .._rounding import refinement, rescaled, stored
 from .check import check
+from .model import check_model
 from .op import Case, Index, Input, Op, Wrong
 from .result import Report, Result
 
@@ -14,6 +15,7 @@ __all__ = [
     "Result",
     "Wrong",
     "check",
+    "check_model",
     "refinement",
     "rescaled",
     "stored",

@@ -22,10 +22,37 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What a candidate returned: float64 values and the name of the dtype they came in."""
+    """What a candidate returned: float64 values and the name of the dtype they came in.
+
+    Where a part was asked for, `values` are those rows, `shape` is that of the whole tensor, and
+    `finite` says whether all of the whole is.
+    """
 
     values: np.ndarray
     dtype: str
+    shape: tuple | None = None
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class Take:
+    """Elements of a tensor, seen as rows along its last axis; a scalar is one row of one.
+
+    rows:    which rows, counted in C order.
+    columns: which of their elements, the same for all rows or (rows, n); all for None.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray | None = None
+
+    def of(self, shape):
+        """An index into a tensor of this shape, one array for each axis."""
+        if not shape:
+            return ()
+        columns = np.arange(shape[-1]) if self.columns is None else self.columns
+        columns = np.broadcast_to(columns, (len(self.rows), columns.shape[-1]))
+        leading = np.unravel_index(self.rows, shape[:-1]) if len(shape) > 1 else ()
+        return (*(axis[:, None] for axis in leading), columns)
 
 
 class WrongForm(Exception):
@@ -79,10 +106,14 @@ class Session:
 
     gradients: names of the inputs that have gradients; all floating ones by default.
     updates:   {output: input} that the candidate may update in place and return nothing.
+    take:      [(shape, Take) of each output] and of each gradient where parts of them will do.
     """
 
-    def __init__(self, adapter, inputs, options, dys, layout, gradients=None, updates=None):
+    def __init__(
+        self, adapter, inputs, options, dys, layout, gradients=None, updates=None, take=None
+    ):
         self.adapter, self.layout, self.updates = adapter, layout, dict(updates or {})
+        self.take = take
         given = {n: x for n, x in inputs.items() if x is not None}
         floating = [n for n, x in given.items() if x.dtype.kind not in "iu"]
         self.gradients = floating if gradients is None else list(gradients)
@@ -128,6 +159,25 @@ class Session:
             if not isinstance(output, kind):
                 raise WrongForm(f"must return tensors, returned {type(output).__name__}")
         return outputs
+
+    def _answers(self, tensors, part):
+        """`Answer` of each output (part 0) or gradient (part 1)."""
+        if self.take is None:
+            return [self._answer(t) for t in tensors]
+        takes = self.take[part]
+        # more tensors than there must be are a failure of their own
+        return [self._part(self._turn(t), *take) for t, take in zip(tensors, takes)] + [
+            Answer(np.zeros(0), "", ()) for _ in tensors[len(takes) :]
+        ]
+
+    def _part(self, t, shape, take):
+        """`Answer` with a part of a tensor."""
+        got = tuple(map(int, t.shape))
+        if got != shape:
+            return Answer(np.zeros(0), self._dtype(t), got)
+        values, finite = self._taken(t, take.of(shape))
+        rows = np.asarray(values, np.float64).reshape(len(take.rows), -1)
+        return Answer(rows, self._dtype(t), got, finite)
 
     def _cotangent(self, dy, y):
         """The output gradient in the form of the output."""
@@ -186,7 +236,7 @@ class NumpySession(Session):
         kind = self.xp.ndarray | np.generic
         with self.adapter.watch():
             outputs = self._outputs(fn(*arrays, **self.options), kind)
-            answers = list(map(self._answer, outputs))
+            answers = self._answers(outputs, 0)
             if self.dys is None:
                 return answers, []
             seeds = [self._cotangent(dy, y) for dy, y in zip(self.dys, outputs)]
@@ -195,11 +245,20 @@ class NumpySession(Session):
             seed = tuple(seeds) if len(seeds) > 1 else seeds[0]
             grads = self.adapter.backward(seed, *arrays, **self.options)
             grads = self._outputs(grads, kind)
-        return answers, list(map(self._answer, grads))
+        return answers, self._answers(grads, 1)
 
     def _answer(self, x):
         host = np.asarray(x.get() if hasattr(x, "get") else x)
         return Answer(self._turn(np.array(host, dtype=np.float64)), host.dtype.name)
+
+    def _taken(self, x, index):
+        finite = bool(self.xp.isfinite(x).all())
+        values = x[tuple(map(self.xp.asarray, index))]
+        return values.get() if hasattr(values, "get") else values, finite
+
+    @staticmethod
+    def _dtype(x):
+        return x.dtype.name
 
 
 class NumpyAdapter(Adapter):
@@ -309,7 +368,7 @@ class TorchSession(Session):
                     raise WrongForm(
                         f"must return tensors on {tensors[0].device}, one on {y.device}"
                     )
-            answers = list(map(self._answer, outputs))
+            answers = self._answers(outputs, 0)
             if self.dys is None:
                 return answers, []
             seeds = [self._seed(dy, y) for dy, y in zip(self.dys, outputs)]
@@ -317,7 +376,7 @@ class TorchSession(Session):
                 seed = tuple(seeds) if len(seeds) > 1 else seeds[0]
                 with torch.no_grad():
                     grads = own(seed, *tensors, **self.options)
-                return answers, list(map(self._answer, self._outputs(grads, torch.Tensor)))
+                return answers, self._answers(self._outputs(grads, torch.Tensor), 1)
             paths = [(y, dy) for y, dy in zip(outputs, seeds) if y.requires_grad]
             grads = [None] * len(floating)
             if paths:
@@ -325,23 +384,38 @@ class TorchSession(Session):
                 grads = torch.autograd.grad(ys, floating, dys, allow_unused=True)
             # an output without a gradient path counts as zero gradients
             grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, floating)]
-            return answers, list(map(self._answer, grads))
+            return answers, self._answers(grads, 1)
 
     def _seed(self, dy, y):
         """The output gradient in memory of its own, or one value expanded to all."""
         torch = self.adapter.torch
-        dy = torch.from_numpy(np.array(self._cotangent(dy, y))).to(y.device, y.dtype)
-        if self.layout == "broadcast_grad":
-            return dy.flatten()[0].expand(y.shape) if dy.numel() else dy
-        placed = TorchPlaced(_as_numpy(dy), "contiguous", y.device)
-        placed.fill(_as_numpy(dy))
+        dy = np.array(self._cotangent(dy, y), order="C")
+        dy = _as_torch(torch, dy).to(y.device, y.dtype)
+        one = self.layout == "broadcast_grad" and dy.numel() > 0
+        values = _as_numpy(dy.flatten()[:1] if one else dy)
+        layout = self.layout if self.layout in ("transposed", "sliced", "offset") else "contiguous"
+        placed = TorchPlaced(values, layout, y.device)
+        placed.fill(values)
         self.seeds.append((f"the gradient of output {len(self.seeds)}", placed))
-        return placed.tensor
+        # the one value lies alone: a kernel that takes its stride for 1 reads NaN
+        return placed.tensor.reshape(()).expand(y.shape) if one else placed.tensor
 
     def _answer(self, t):
-        name = str(t.dtype).removeprefix("torch.")
         values = t.detach().double().cpu().numpy()
-        return Answer(self._turn(np.array(values)), name)
+        return Answer(self._turn(np.array(values)), self._dtype(t))
+
+    def _taken(self, t, index):
+        t = t.detach()
+        index = tuple(self.adapter.torch.from_numpy(np.array(i)).to(t.device) for i in index)
+        # a block at a time: the test needs tensors of the same size
+        longest = max(range(t.ndim), key=lambda axis: t.shape[axis], default=0)
+        blocks = t.chunk(-(-t.numel() // 2**24), longest) if t.numel() else (t,)
+        finite = all(bool(self.adapter.torch.isfinite(b).all()) for b in blocks)
+        return t[index].double().cpu().numpy(), finite
+
+    @staticmethod
+    def _dtype(t):
+        return str(t.dtype).removeprefix("torch.")
 
     def refill(self, inputs, dys):
         self.seeds = []
@@ -430,7 +504,7 @@ class JaxSession(Session):
                 outputs = call(*varied)
             else:
                 outputs, pull = jax.vjp(call, *varied)
-            answers = list(map(self._answer, outputs))
+            answers = self._answers(outputs, 0)
             if self.dys is None:
                 return answers, []
             seeds = tuple(
@@ -441,10 +515,19 @@ class JaxSession(Session):
             else:
                 seed = seeds if len(seeds) > 1 else seeds[0]
                 grads = self._outputs(own(seed, *arrays.values(), **self.options), jax.Array)
-        return answers, list(map(self._answer, grads))
+        return answers, self._answers(grads, 1)
 
     def _answer(self, x):
         return Answer(self._turn(np.asarray(x).astype(np.float64)), x.dtype.name)
+
+    def _taken(self, x, index):
+        import jax.numpy as jnp
+
+        return np.asarray(x[tuple(index)]).astype(np.float64), bool(jnp.isfinite(x).all())
+
+    @staticmethod
+    def _dtype(x):
+        return x.dtype.name
 
 
 class JaxAdapter(Adapter):

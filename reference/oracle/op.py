@@ -89,8 +89,8 @@ class Op:
     unspecified: unspecified(inputs, options) -> {output or gradient: mask of what is not compared}.
     accepts:   accepts(got, inputs, options, arithmetics) -> mask of right answers, for an op whose
                output is a choice, so that rounding may make either of two answers right.
-    sampled:   sampled(inputs, options, dys, draw) -> [Part], for shapes whose exact result would
-               cost too much (`gaugeblock.reference.oracle.sampled`).
+    sampled:   sampled(inputs, options, dys, rng) -> [Part], the parts of the results that are
+               compared at the shapes of "bench" cases (`gaugeblock.reference.oracle.sampled`).
     """
 
     name: str
@@ -160,8 +160,11 @@ class Op:
         names = [name for name in self.floating() if self.inputs[name].grad]
         return names if given is None else [name for name in names if given[name] is not None]
 
-    def draw(self, case, rng):
-        """Inputs of a case, {name: float64 or int64 array}."""
+    def draw(self, case, rng, normal=None):
+        """Inputs of a case, {name: float64 or int64 array}.
+
+        normal: normal(name, shape, scale) -> array in place of float64 normal values.
+        """
         dims = self.dims(case)
         drawn = {}
         for name, spec in self.inputs.items():
@@ -169,23 +172,27 @@ class Op:
             if isinstance(spec, Index):
                 drawn[name] = rng.integers(0, max(dims[spec.below], 1), shape, dtype=spec.dtype)
             else:
-                drawn[name] = rng.standard_normal(shape)
-                if spec.fan_in:
-                    drawn[name] *= dims[spec.fan_in] ** -0.5
+                scale = dims[spec.fan_in] ** -0.5 if spec.fan_in else 1.0
+                drawn[name] = normal(name, shape, scale) if normal else rng.standard_normal(shape)
+                if spec.fan_in and not normal:
+                    drawn[name] *= scale
             if name in case.values:
                 drawn[name] = case.values[name](drawn[name], dims, rng)
         return drawn
 
     def select(self, cases="quick", expression=None):
-        """The cases of a suite ("quick" or "full"), narrowed by an expression over their tags.
+        """The cases of a suite ("quick", "full", "bench"), narrowed by an expression over tags.
 
         In an expression such as "causal and not window" a word is true for a case that has it as a
         tag, as its name, or as an option that is set.
         """
-        if cases not in ("quick", "full"):
-            raise ValueError(f"check: cases must be quick or full, got {cases!r}")
+        if cases not in ("quick", "full", "bench"):
+            raise ValueError(f"check: cases must be quick or full or bench, got {cases!r}")
         skip = {"aot", "bench"} if cases == "full" else {"aot", "bench", "full"}
-        chosen = [case for case in self.cases if not case.tags & skip]
+        if cases == "bench":
+            chosen = [case for case in self.cases if "bench" in case.tags]
+        else:
+            chosen = [case for case in self.cases if not case.tags & skip]
         if not expression:
             return chosen
         chosen = [case for case in chosen if _matches(expression, self._words(case))]

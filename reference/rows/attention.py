@@ -5,6 +5,7 @@ import numpy as np
 from .._attention import visible_keys
 from ..oracle.covering import covering
 from ..oracle.op import Case, Index, Input, Wrong
+from .attention_parts import attention_parts, paged_attention_parts
 from .row import row
 from .values import (
     all_negative,
@@ -55,6 +56,15 @@ def _case(name, B, H, Tq, Tk, D, *, hidden=None, seen=None, **rest):
     if rest.get("Hkv", H) != H:
         rest["tags"] = (*rest.get("tags", ()), "grouped")
     return Case(name, B=B, H=H, Tq=Tq, Tk=Tk, D=D, values=values, **rest)
+
+
+def _far_positive(q, dims, rng):
+    return 6 * np.abs(q) + 4
+
+
+def _far_negative(k, dims, rng):
+    """Every score far below 0: a maximum that starts from 0 makes every exponential 0."""
+    return -6 * np.abs(k) - 4
 
 
 def _nan_seen(inputs, options):
@@ -154,6 +164,10 @@ ATTENTION = row(
         _case("scale_zero_causal", 1, 1, 19, 19, 8, causal=True, scale=0.0),
         _case("scores_spread_by_100", 1, 1, 18, 34, 8, values={"q": spread_by_100}),
         _case("scores_rise", 1, 1, 18, 150, 8, values={"q": all_positive, "k": rising}),
+        _case("many_keys", 1, 1, 6, 700, 8, values={"v": all_positive}),
+        _case(
+            "all_scores_negative", 1, 1, 18, 34, 8, values={"q": _far_positive, "k": _far_negative}
+        ),
         _case("outlier_key", 1, 2, 33, 40, 16, causal=True, values={"k": huge_outlier}),
         _case("lse", 1, 2, 18, 20, 8, causal=True, return_lse=True),
         _case("lse_unseeing_queries", 1, 1, 20, 18, 8, causal=True, return_lse=True),
@@ -206,6 +220,7 @@ ATTENTION = row(
     sizes={"Hkv": "H"},
     batch="B",
     unspecified=_nan_seen,
+    sampled=attention_parts,
     lacks="window or global_tokens or lengths or cu_seqlens or dropout or grouped",
 )
 
@@ -284,4 +299,5 @@ PAGED_ATTENTION = row(
     ),
     kernel="not yet: decoding kernels come with the cache",
     batch="B",
+    sampled=paged_attention_parts,
 )

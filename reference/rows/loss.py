@@ -41,6 +41,17 @@ def _past_140(targets, dims, rng):
     return 140 + targets % (dims["V"] - 140)
 
 
+def _some_3(targets, dims, rng):
+    """Targets that another ignore_index leaves out."""
+    targets[::3] = 3
+    return targets
+
+
+def _minus_200(logits, dims, rng):
+    """A maximum that starts from 0 makes every exponential 0."""
+    return logits - 200
+
+
 def _last_3_masked(logits, dims, rng):
     logits[..., -3:] = -np.inf
     return logits
@@ -83,7 +94,8 @@ CROSS_ENTROPY = row(
         Case("one_token", M=4, V=1, tags=("degenerate",)),
         Case("negative", M=6, V=40, values={"logits": all_negative}),
         Case("tiny", M=6, V=40, values={"logits": tiny}),
-        Case("ignore_index", M=10, V=29, ignore_index=3),
+        Case("ignore_index", M=10, V=29, ignore_index=3, values={"targets": _some_3}),
+        Case("all_far_below_zero", M=6, V=40, values={"logits": _minus_200}),
         Case(
             "padded_vocabulary",
             M=6,
@@ -152,7 +164,8 @@ LINEAR_CROSS_ENTROPY = row(
             values={"targets": all_ignored},
             tags=("degenerate",),
         ),
-        Case("ignore_index", M=10, C=24, V=29, ignore_index=3),
+        Case("ignore_index", M=10, C=24, V=29, ignore_index=3, values={"targets": _some_3}),
+        Case("many_rows", M=300, C=12, V=20, values=_NO_B),
         Case("smoothed", M=6, C=20, V=50, label_smoothing=0.1, values=_NO_B),
         Case(
             "smoothed_ignored",

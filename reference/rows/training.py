@@ -87,7 +87,7 @@ ADAMW = row(
         # without bias correction the first step is far too long
         _adamw_case("first_step", 5, 40, step=1, values={"m": zeros, "v": zeros}),
         _adamw_case("late_step", 5, 40, step=100_000),
-        _adamw_case("step_past_32_bits", 5, 40, step=2**32 + 1, tags=("full",)),
+        _adamw_case("step_past_32_bits", 5, 40, step=2**32 + 1),
         _adamw_case("slow_moments", 5, 40, step=3, beta1=0.99, beta2=0.999),
         _adamw_case("beta1_zero", 5, 40, beta1=0.0),
         _adamw_case("beta2_zero", 5, 40, beta2=0.0),

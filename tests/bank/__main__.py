@@ -1,6 +1,6 @@
 """Run the wrong kernels through the oracle: `python -m tests.bank`.
 
-    --cases quick|full   the catalog's cases
+    --cases quick|full   the catalog's cases; full is for those that quick does not show
     --every              all cases, where otherwise a mutant is done once it has failed
     --only NAME …        mutants whose name holds one of these
     --out FILE           the record; tests/bank/mutants.json where the whole bank is run
@@ -42,24 +42,27 @@ def op_of(mutant):
 def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
     """{name: {dtype: [first failing Result of each case and layout]}} of the mutants.
 
-    A mutant is done in a dtype once it has failed there, unless `every` case is asked for.
+    A mutant is done in a dtype once it has failed there, unless `every` case is asked for. The
+    full cases are for those that the quick ones do not show.
     """
     found = {m.name: {dtype: [] for dtype in m.dtypes} for m in mutants}
     candidates = {(m.name, dtype): m.candidate() for m in mutants for dtype in m.dtypes}
-    for op in dict.fromkeys(op_of(m) for m in mutants):
-        for number, case in enumerate(op.select(cases) if op else ()):
-            progress(op, case)
-            alone = replace(op, cases=(case,))
-            with _expectations_kept():
-                for m in mutants:
-                    if op_of(m) is not op:
-                        continue
-                    for dtype in m.dtypes:
-                        if found[m.name][dtype] and not every:
-                            continue
-                        arguments = {"layouts": _layouts(op, number, cases)} | m.checks
-                        candidate = candidates[m.name, dtype]
-                        report = check(alone, candidate, dtypes=(dtype,), cases=cases, **arguments)
+    for suite in ("quick", "full") if cases == "full" else ("quick",):
+        for op in dict.fromkeys(op_of(m) for m in mutants):
+            for number, case in enumerate(op.select(suite) if op else ()):
+                progress(op, case)
+                left = [
+                    (m, dtype)
+                    for m in mutants
+                    for dtype in m.dtypes
+                    if op_of(m) is op and (every or not found[m.name][dtype])
+                ]
+                alone, layouts = replace(op, cases=(case,)), _layouts(op, number, suite)
+                with _expectations_kept():
+                    for m, dtype in left:
+                        candidate, arguments = candidates[m.name, dtype], {"layouts": layouts}
+                        arguments |= m.checks | {"dtypes": (dtype,), "cases": suite}
+                        report = check(alone, candidate, **arguments)
                         first = {(r.case, r.layout): r for r in reversed(report.failures)}
                         found[m.name][dtype] += [first[k] for k in reversed(first)]
     return found
@@ -130,7 +133,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     mutants = [m for m in bank().values() if not options.only or _named(m, options.only)]
     with Progress(transient=True, console=Console(stderr=True)) as bar:
-        total = sum(len(op.select(options.cases)) for op in {op_of(m) for m in mutants} if op)
+        suites = ("quick", "full") if options.cases == "full" else ("quick",)
+        ops = {op_of(m) for m in mutants if op_of(m)}
+        total = sum(len(op.select(suite)) for op in ops for suite in suites)
         task = bar.add_task("", total=total)
         found = run(
             mutants,

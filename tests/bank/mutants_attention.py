@@ -155,7 +155,7 @@ class KeyTailUnmasked(Attention):
         k, v = (torch.cat([x, x.roll(-1, 1).repeat(1, 1, 32, 1)[:, :, :tail]], 2) for x in (k, v))
         self.tail = tail
         visible = torch.nn.functional.pad(visible, (0, tail), value=True)
-        visible[..., visible.shape[-1] - tail :] &= ~self.causal
+        visible[..., visible.shape[-1] - tail :] &= not self.causal
         keep = None if keep is None else torch.nn.functional.pad(keep, (0, tail))
         return super().forward(q, k, v, visible, keep, dropout, scale)
 

@@ -90,7 +90,7 @@ class NoStep(Cheat):
 
 
 @cheat("layer_norm", "attention", "adamw", bug="NaN everywhere", seen="any case")
-class NaNs(Cheat):
+class Nans(Cheat):
     def outputs(self, outputs, inputs, options):
         return tuple(torch.full_like(y, torch.nan) for y in outputs)
 

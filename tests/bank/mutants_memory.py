@@ -14,18 +14,20 @@ from .models import Attention, CrossEntropy, Dropout, Embedding, LayerNorm, tile
 from .mutants import mutant
 
 
-def as_if_contiguous(x):
-    """What a kernel reads that takes x's strides for those of a contiguous tensor."""
-    strides = [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+def read(x, strides):
+    """What a kernel reads that takes x's strides for others."""
     start, whole = x.storage_offset(), x.untyped_storage().nbytes() // x.itemsize
-    offsets = sum(
+    at = start + sum(
         torch.arange(n).reshape(-1, *[1] * (x.ndim - i - 1)) * stride
         for i, (n, stride) in enumerate(zip(x.shape, strides))
     )
-    memory = x.as_strided((whole,), (1,), 0)
     # past its end is somebody else's memory
-    values = memory[(start + offsets).clamp(max=whole - 1)]
-    return values.where(start + offsets < whole, torch.nan)
+    values = x.as_strided((whole,), (1,), 0)[at.clamp(max=whole - 1)]
+    return values.where(at < whole, torch.nan)
+
+
+def as_if_contiguous(x):
+    return read(x, [math.prod(x.shape[i + 1 :]) for i in range(x.ndim)])
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -61,7 +63,7 @@ class WeightStrideAssumed(models.FFN):
         return super().forward(x, as_if_contiguous(w1), b1, w2, b2, activation)
 
 
-@mutant("attention", bug="row stride assumed contiguous", seen="keys of another layout")
+@mutant("attention", bug="row stride assumed contiguous", seen="keys in another layout")
 class KeyStrideAssumed(Attention):
     def forward(self, q, k, v, *rest, **options):
         return super().forward(q, as_if_contiguous(k), v, *rest, **options)
@@ -70,13 +72,7 @@ class KeyStrideAssumed(Attention):
 @mutant("attention", bug="strides of q used for k", seen="a layout, or Tq ≠ Tk")
 class StridesOfQueries(Attention):
     def forward(self, q, k, v, *rest, **options):
-        if k.shape[1] == q.shape[1] and k.shape[2] == q.shape[2]:
-            whole = k.untyped_storage().nbytes() // k.itemsize
-            reach = sum((n - 1) * s for n, s in zip(k.shape, q.stride()))
-            if k.storage_offset() + reach < whole:
-                return super().forward(q, k.as_strided(k.shape, q.stride()), v, *rest, **options)
-        # the first head's keys for every head
-        return super().forward(q, k[:, :1].expand_as(k), v, *rest, **options)
+        return super().forward(q, read(k, q.stride()), v, *rest, **options)
 
 
 @mutant("attention", bug="batch and head strides swapped", seen="several rows and heads")
@@ -254,24 +250,32 @@ class AccumulatorNotZeroed(LayerNorm):
     seen="several row blocks; other bits from run to run",
 )
 class UpdatesLost(LayerNorm):
+    def __init__(self):
+        super().__init__()
+        self.draw = random.Random(0)
+
     def over_rows(self, x):
         total = x.new_zeros(x.shape[1:])
         for part in tiles(len(x), 2):
             # of two programs that read the same sum, the later one's is written
-            if part.start == 0 or random.random() > 0.3:
+            if part.start == 0 or self.draw.random() > 0.3:
                 total = total + x[part].sum(0)
         return total
 
 
 @mutant("attention", bug="gradient accumulated without atomics", seen="several tiles")
 class DqUpdatesLost(Attention):
+    def __init__(self):
+        super().__init__()
+        self.draw = random.Random(0)
+
     def backward(self, do, dlse, saved):
         dq, dk, dv = super().backward(do, dlse, saved)
         k = saved[1]
         if k.shape[2] <= 16:
             return dq, dk, dv
         visible = saved[5].clone()
-        start = 16 * random.randrange(-(-k.shape[2] // 16))
+        start = 16 * self.draw.randrange(-(-k.shape[2] // 16))
         visible[..., start : start + 16] = False
         some, _, _ = super().backward(do, dlse, (*saved[:5], visible, *saved[6:]))
         return some, dk, dv
@@ -285,8 +289,12 @@ class DqUpdatesLost(Attention):
     checks={"deterministic": True},
 )
 class OrderOfAtomics(LayerNorm):
+    def __init__(self):
+        super().__init__()
+        self.draw = torch.Generator().manual_seed(0)
+
     def over_rows(self, x):
-        return super().over_rows(x[torch.randperm(len(x))])
+        return super().over_rows(x[torch.randperm(len(x), generator=self.draw)])
 
 
 @mutant(
@@ -297,9 +305,13 @@ class OrderOfAtomics(LayerNorm):
     checks={"deterministic": True},
 )
 class OrderOfKeyTiles(Attention):
+    def __init__(self):
+        super().__init__()
+        self.draw = torch.Generator().manual_seed(0)
+
     def backward(self, do, dlse, saved):
         q, k, v, o, lse, visible, keep, *rest = saved
-        order = torch.randperm(k.shape[2])
+        order = torch.randperm(k.shape[2], generator=self.draw)
         saved = (q, k[:, :, order], v[:, :, order], o, lse, visible[..., order],
                  None if keep is None else keep[..., order], *rest)  # fmt: skip
         dq, dk, dv = super().backward(do, dlse, saved)

@@ -49,7 +49,12 @@ class EpsLost(AdamW):
         return super().direction(m, v, bias1, bias2, 0.0)
 
 
-@mutant("adamw", bug="weight decay where none was asked for", seen="a weight decay of 0")
+@mutant(
+    "adamw",
+    bug="weight decay where none was asked for",
+    seen="a weight decay of 0; lr·λ = 0.001 is below bfloat16's rounding",
+    dtypes=("float32", "float16"),
+)
 class AlwaysDecays(AdamW):
     def update(self, p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
         return super().update(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay or 0.01)

@@ -1,0 +1,295 @@
+"""Exact results of some elements, where those of all would take hours or gigabytes.
+
+The candidate runs on the whole inputs, at the shape that is timed. Of what it returns, parts are
+compared: some rows of an output with all that they depend on, some columns of a gradient with all
+rows that are summed there. `Op.sampled` names the parts and computes each in float64 or under a
+legal arithmetic; from there exact values and budgets come as for whole tensors. The first and last
+index and edges of tiles are always among those that are compared. What is not compared must be
+finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from .._rounding import saturated
+from .adapters import Answer, Take
+from .budget import DTYPES, legal_arithmetics
+from .expectation import Bound, Expectation, _repeated
+from .explain import explain
+from .result import Result
+
+_TILES = (64, 128)
+# values are drawn up to here and then repeat; a prime, so that no two rows or columns are alike
+_PERIOD = 1_048_573
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some elements of outputs and gradients.
+
+    takes:   {output, or "d" + input: Take}: which they are.
+    compute: compute(arithmetic) -> {the same names: their values}; float64 for None.
+    inputs:  {input: values} that `Op.accepts` judges them by.
+    infinite: tensors whose other elements need not be finite.
+    """
+
+    takes: dict
+    compute: Callable
+    inputs: dict = field(default_factory=dict)
+    infinite: tuple = ()
+
+
+def spread(n, count, rng, always=()):
+    """Sorted indices below n: all of them, or `count`: first, last, edges of tiles, others random.
+
+    always: further indices that must be among them.
+    """
+    if n <= count:
+        return np.arange(n)
+    chosen = {0, n - 1, *(int(i) for i in always[: count // 2])}
+    for tile in _TILES:
+        last = (n - 1) // tile * tile
+        chosen |= {i for i in (tile - 1, tile, last - 1, last) if 0 <= i < n}
+    chosen = set(sorted(chosen)[:count])
+    edges = np.arange(_TILES[0], n, _TILES[0])
+    for edge in rng.permutation(edges)[: max(count - len(chosen), 0) // 4]:
+        chosen |= {int(edge) - 1, int(edge)}
+    while len(chosen) < count:
+        chosen.add(int(rng.integers(n)))
+    return np.array(sorted(chosen))
+
+
+def taken_in(arithmetic):
+    """A function that takes arrays into an arithmetic, or into float64 for None. None passes."""
+
+    def take(x):
+        if x is None:
+            return None
+        return x.astype(np.float64) if arithmetic is None else arithmetic.array(x)
+
+    return take
+
+
+def blocks(indices, most):
+    """The indices (or those below a number) in blocks of at most so many."""
+    indices = np.arange(indices) if isinstance(indices, int) else indices
+    most = max(int(most), 1)
+    return [indices[start : start + most] for start in range(0, len(indices), most)]
+
+
+class SampledContent:
+    """One draw of a case, and what is compared of its results; the rest as in `Content`."""
+
+    def __init__(self, expectation, inputs, dys, parts):
+        self.expectation, self.inputs, self.parts = expectation, inputs, parts
+        self.dys = None if dys is None else tuple(dys[name] for name in self.names(0))
+        self._bounds = {}
+
+    def names(self, part):
+        """The names of the outputs (part 0) or gradients (part 1)."""
+        op = self.expectation.op
+        if part:
+            return [f"d{name}" for name in op.differentiable(self.inputs)]
+        return [name for name in op.outputs if any(name in p.takes for p in self.parts)]
+
+    @cached_property
+    def exact(self):
+        values = self._computed(None)
+        return tuple(
+            [values[name] for name in self.names(part)] if part == 0 or self.dys else []
+            for part in (0, 1)
+        )
+
+    @cached_property
+    def legal(self):
+        return [self._computed(arithmetic) for arithmetic in self.expectation.arithmetics()]
+
+    def bound(self, part, i, dtype):
+        """What the elements must be and how far off they may be."""
+        name = self.names(part)[i]
+        if (name, dtype) not in self._bounds:
+            want = self.exact[part][i]
+            legal = [run[name] for run in self.legal]
+            skip = np.zeros(want.shape, bool)
+            self._bounds[name, dtype] = Bound(want, skip, legal, DTYPES[dtype])
+        return self._bounds[name, dtype]
+
+    def take(self, name):
+        """All elements of a tensor that are compared."""
+        takes = [p.takes[name] for p in self.parts if name in p.takes]
+        rows = np.concatenate([take.rows for take in takes])
+        if any(take.columns is None for take in takes):
+            return Take(rows)
+        wide = [np.broadcast_to(t.columns, (len(t.rows), t.columns.shape[-1])) for t in takes]
+        return Take(rows, np.concatenate(wide))
+
+    def _computed(self, arithmetic):
+        found = {}
+        for part in self.parts:
+            for name, values in part.compute(arithmetic).items():
+                rows = np.asarray(values).reshape(len(part.takes[name].rows), -1)
+                found.setdefault(name, []).append(rows)
+        return {name: np.concatenate(values) for name, values in found.items()}
+
+
+class Sampled(Expectation):
+    """`Expectation` of which parts are compared."""
+
+    def arithmetics(self):
+        """Some of the legal computations: an element's luck counts less where rows are many."""
+        return legal_arithmetics(self.precision)[2::4]
+
+    def _drawn(self, layout, draw):
+        op, dims = self.op, self.op.dims(self.case)
+        key = [self.seed, *([draw] if draw else []), *self._key]
+        rng = np.random.default_rng(key)
+
+        def normal(name, shape, scale):
+            x = rng.standard_normal(min(math.prod(shape), _PERIOD)) * scale
+            dtype = op.inputs[name].dtype if name in op.inputs else None
+            return np.resize(saturated(x, np.dtype(dtype or self.storage)), shape)
+
+        drawn = op.draw(self.case, rng, normal)
+        inputs = {name: self._stored(name, x, layout) for name, x in drawn.items()}
+        dys = None
+        if self.backward:
+            # not the values of the inputs once more
+            rng = np.random.default_rng([*key, 1])
+            dys = {}
+            for name in op.outputs:
+                dy = normal(name, op.shape(op.spec(self.case, name), dims), 1.0)
+                if f"d{name}" in self.case.values:
+                    dy = self.case.values[f"d{name}"](dy, dims, rng)
+                if layout == "broadcast_grad" and dy.size:
+                    dy = np.broadcast_to(dy.flat[0], dy.shape)
+                dys[name] = saturated(dy, self.storage)
+        parts = op.sampled(inputs, self.options, dys, np.random.default_rng([*key, 2]))
+        return SampledContent(self, inputs, dys, parts)
+
+    def _stored(self, name, x, layout):
+        if x is None or name not in self.op.floating():
+            return x
+        dtype = np.dtype(self.op.inputs[name].dtype or self.storage)
+        x = x if x.dtype == dtype else saturated(x, dtype)
+        return _repeated(x) if layout == "expanded" else x
+
+    def vanishes(self):
+        return False
+
+    def leaves_float32(self):
+        return False
+
+    def judge(self, adapter, fn, layout="contiguous"):
+        """Run the candidate once; a `Result` for each tensor, and for damage to the inputs."""
+        session = self.open(adapter, layout)
+        results = self.compare(self.call(session, fn), layout)
+        damage = session.damage()
+        if damage:
+            where = (self.op.name, self.case.name, self.dtype, layout, "inputs")
+            results.append(Result(*where, False, "damage", hint=", ".join(damage)))
+        return results
+
+    def open(self, adapter, layout="contiguous", draw=0):
+        content = self.content(layout, draw)
+        take = [
+            [(self._shape(name), content.take(name)) for name in content.names(part)]
+            if part == 0 or self.backward
+            else []
+            for part in (0, 1)
+        ]
+        return adapter.open(
+            content.inputs, self.options, content.dys, layout, take=take,
+            gradients=self.op.differentiable(content.inputs), updates=self.op.updates,
+        )  # fmt: skip
+
+    def _shape(self, name):
+        return self.op.shape(self.op.spec(self.case, name), self.op.dims(self.case))
+
+    def _tensor(self, where, part, i, content, answer):
+        name = where[-1]
+        shape, take = self._shape(name), content.take(name)
+        if answer.shape != shape:
+            hint = f"must have shape {shape}, has {answer.shape}"
+            return Result(*where, False, "shape", hint=hint)
+        compared = Answer(answer.values, answer.dtype)
+        result = super()._tensor(where, part, i, content, compared)
+        index = take.of(shape)
+
+        def whole(place):
+            return place if place is None else _place(index, place)
+
+        result = replace(result, index=whole(result.index), first=whole(result.first))
+        if result.kind in ("row", "rms", "nonfinite"):
+            bound = content.bound(part, i, answer.dtype)
+            hint = _hint(answer.values, bound, index, self._axes(name), shape)
+            return replace(result, hint=hint, tile=None)
+        free = any(name in p.infinite for p in content.parts)
+        if result.passed and not (answer.finite or free) and np.isfinite(content.exact[part][i]).all():
+            hint = "NaN or infinite outside the elements that are compared"
+            return Result(*where, False, "nonfinite", hint=hint)
+        return result
+
+    def _choice(self, where, content, answer, want):
+        if not answer.dtype.startswith(("int", "uint")):
+            return Result(*where, False, "dtype", hint=f"must be integers, is {answer.dtype}")
+        runs = [arithmetic.array for arithmetic in self.arithmetics()]
+        ends = np.cumsum([p.takes[where[-1]].columns.size for p in content.parts])[:-1]
+        chosen = zip(np.split(answer.values.ravel(), ends), content.parts)
+        right = [self.op.accepts(values, p.inputs, self.options, runs) for values, p in chosen]
+        right = np.concatenate(right).reshape(want.shape)
+        if right.all():
+            return Result(*where, True, discrimination=np.inf)
+        first = tuple(map(int, np.unravel_index(np.argmin(right), want.shape)))
+        got, wanted = float(answer.values[first]), float(want[first])
+        hint = f"is {got:g}, must be {wanted:g}"
+        return Result(*where, False, "choice", first, got, wanted, hint=hint, first=first)
+
+
+def expectation_of(op, case, dtype, seed=0, backward=True):
+    """`Sampled` for a "bench" case of an op that has parts, else `Expectation`."""
+    kind = Sampled if op.sampled and "bench" in case.tags else Expectation
+    return kind(op, case, dtype, seed, backward)
+
+
+def _place(index, place):
+    """Where in the whole tensor a compared element lies."""
+    return tuple(int(np.broadcast_to(axis, index[-1].shape)[place]) for axis in index)
+
+
+def _hint(got, bound, index, axes, shape):
+    """What the pattern of an error says, in words."""
+    want = bound.want
+    with np.errstate(invalid="ignore"):
+        fine = (np.abs(got - want) <= bound.budget.rows) | (got == want)
+    bad = ~(fine | (np.isnan(got) & np.isnan(want)))
+    if not bad.any():
+        return explain(got, want, bad)
+    hints = [explain(got[bad], want[bad], np.ones(int(bad.sum()), bool))]
+    for name, coordinates, n in zip(axes, index, shape):
+        coordinates = np.broadcast_to(coordinates, bad.shape)
+        hints.append(_about_axis(name, np.unique(coordinates), np.unique(coordinates[bad]), n))
+    return "; ".join(filter(None, hints))
+
+
+def _about_axis(name, compared, wrong, n):
+    """What sets the wrong indices of an axis apart from the others that were compared."""
+    if len(wrong) == len(compared):
+        return ""
+    for tile in _TILES:
+        for side, rest in (("first", 0), ("last", tile - 1)):
+            if len(wrong) > 1 and np.array_equal(wrong, compared[compared % tile == rest]):
+                return f"only the {side} {name} of each tile of {tile}"
+    if len(wrong) == 1:
+        return f"only {name} {wrong[0]}" + (" (the last)" if wrong[0] == n - 1 else "")
+    low, high = wrong[0], wrong[-1]
+    if len(wrong) == ((compared >= low) & (compared <= high)).sum():
+        if high == compared[-1]:
+            return f"only {name} from {low} on"
+        return f"only {name} up to {high}" if low == 0 else f"only {name} {low} to {high}"
+    return f"in {len(wrong)} of the {len(compared)} {name} compared"

@@ -1,0 +1,227 @@
+"""Which elements of attention's results are compared at large shapes, and their computation.
+
+Some groups of heads that share a key head are chosen. A query row needs its own q and the keys it
+sees. A key row needs lse and delta of every query that sees it; these are exact first, block by
+block, and a legal run rounds them as a kernel does: o to the storage dtype before delta, and lse
+to float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._attention import attend, key_gradients, score_gradient, visible_keys, weights_again
+from .._paged_attention import paged_attention
+from .._philox import keep_mask
+from .._rounding import stored
+from ..oracle.adapters import Take
+from ..oracle.sampled import Part, blocks, spread, taken_in
+
+# query rows, and key rows, that are compared over all groups at least
+_ROWS = 256
+_LEAST_ROWS = 32
+_GROUPS = 8
+# the exact pass over all queries of a group costs so many multiplications at most, or one group
+_PRODUCTS = 2**35
+# scores in memory at once: exact ones, and those of legal runs, which stay in a cache
+_SCORES, _LEGAL_SCORES = 2**20, 2**18
+_MASKS = ("causal", "align", "window", "global_tokens", "cu_seqlens")
+
+
+def attention_parts(inputs, options, dys, rng):
+    """The parts of `attention`."""
+    problem = _Problem(inputs, options, dys)
+    B, Hkv, repeats = problem.B, problem.Hkv, problem.repeats
+    chosen = spread(B * Hkv, _GROUPS, rng)
+    parts = [
+        problem.query_part(divmod(int(g), Hkv), _indices(problem.Tq, len(chosen) * repeats, rng))
+        for g in chosen
+    ]
+    if dys is None:
+        return parts
+    products = repeats * problem.Tq * problem.Tk * problem.D
+    most = int(np.clip(_PRODUCTS // max(products, 1), 1, _GROUPS))
+    # the last group too where there are several, or some group where there is time for one
+    chosen = spread(B * Hkv, most, rng) if most > 1 else rng.integers(B * Hkv, size=1)
+    return parts + [
+        problem.key_part(divmod(int(g), Hkv), _indices(problem.Tk, len(chosen), rng))
+        for g in chosen
+    ]
+
+
+def _indices(n, groups, rng):
+    return spread(n, max(-(-_ROWS // groups), _LEAST_ROWS), rng)
+
+
+class _Problem:
+    def __init__(self, inputs, options, dys):
+        self.q, self.k, self.v = inputs["q"], inputs["k"], inputs["v"]
+        (self.B, self.H, self.Tq, self.D), (_, self.Hkv, self.Tk, _) = self.q.shape, self.k.shape
+        self.repeats = self.H // self.Hkv
+        self.options, self.dys = options, dys
+        scale = options.get("scale")
+        self.scale = self.D**-0.5 if scale is None else float(scale)
+        self.return_lse = bool(options.get("return_lse"))
+
+    def query_part(self, group, queries):
+        """o, lse and dq of some queries of the heads that read one key head."""
+        b, heads, _ = self._heads(group)
+        rows = _rows(b * self.H + heads, queries, self.Tq)
+        takes = {"o": Take(rows)}
+        if self.return_lse:
+            takes["lse"] = Take(b * self.H + heads, queries)
+        if self.dys is not None:
+            takes["dq"] = Take(rows)
+
+        def compute(arithmetic):
+            most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tk)
+            found = [self._queries(group, some, arithmetic) for some in blocks(queries, most)]
+            return {
+                name: np.concatenate([np.asarray(f[name]) for f in found], axis=1)
+                for name in takes
+            }
+
+        # a query that sees nothing has lse = −∞
+        return Part(takes, compute, infinite=("lse",))
+
+    def _queries(self, group, queries, arithmetic):
+        b, heads, h = self._heads(group)
+        take = taken_in(arithmetic)
+        visible = self._visible(b, queries)
+        keys = np.flatnonzero(visible.any((0, 1, 2)))
+        # nobody sees this one
+        keys = keys if keys.size else np.array([0])
+        visible = visible[..., keys]
+        q = take(self.q[b, heads][None, :, queries])
+        k, v = (take(x[b, h][keys][None, None]) for x in (self.k, self.v))
+        keep = self._keep(b, heads, queries, keys)
+        (o, lse), cache = attend(q, k, v, visible, keep, self.scale)
+        found = {"o": o[0], "lse": lse[0]}
+        if self.dys is not None:
+            do, dlse = self._gradients(b, heads, queries, take)
+            p, do = weights_again(do, cache)
+            ds = score_gradient(p, do, dlse, cache)
+            found["dq"] = (self.scale * (ds @ cache[1]))[0]
+        return found
+
+    def key_part(self, group, keys):
+        """dk and dv of some keys of one key head."""
+        b, heads, h = self._heads(group)
+        rows = _rows(np.array([b * self.Hkv + h]), keys, self.Tk)
+        statistics = []
+
+        def compute(arithmetic):
+            if not statistics:
+                statistics.append(self._statistics(group))
+            most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tq)
+            found = [
+                self._keys(group, some, arithmetic, *statistics[0]) for some in blocks(keys, most)
+            ]
+            dk, dv = (np.concatenate([np.asarray(x) for x in xs], axis=2) for xs in zip(*found))
+            return {"dk": dk, "dv": dv}
+
+        return Part({"dk": Take(rows), "dv": Take(rows)}, compute)
+
+    def _statistics(self, group):
+        """lse, delta (heads, Tq) and o (heads, Tq, D), which is exact enough to be rounded."""
+        b, heads, h = self._heads(group)
+        lse = np.zeros((len(heads), self.Tq))
+        delta = np.zeros((len(heads), self.Tq))
+        o = np.zeros((len(heads), self.Tq, self.D), np.float32)
+        k, v = (x[b, h].astype(np.float64) for x in (self.k, self.v))
+        for some in blocks(self.Tq, _SCORES // self.Tk):
+            visible = self._visible(b, some)
+            sees = visible.any((0, 1, 2))
+            if not sees.any():
+                continue
+            # a slice is no copy, and there is seldom a gap in it
+            near = np.flatnonzero(sees)
+            keys = slice(near[0], near[-1] + 1)
+            for i, head in enumerate(heads):
+                q = self.q[b, head, some][None, None].astype(np.float64)
+                keep = self._keep(b, heads[i : i + 1], some, np.arange(self.Tk)[keys])
+                (found, found_lse), _ = attend(
+                    q, k[None, None, keys], v[None, None, keys], visible[..., keys], keep,
+                    self.scale,
+                )  # fmt: skip
+                do, dlse = self._gradients(b, heads[i : i + 1], some, taken_in(None))
+                do = np.where(visible.any(-1)[..., None], do, 0.0)
+                o[i, some], lse[i, some] = found[0, 0], found_lse[0, 0]
+                delta[i, some] = (do * found).sum(-1)[0, 0]
+        return lse, delta, o
+
+    def _keys(self, group, keys, arithmetic, lse, delta, o):
+        b, heads, h = self._heads(group)
+        take = taken_in(arithmetic)
+        visible = self._visible(b, np.arange(self.Tq), keys)
+        queries = np.flatnonzero(visible.any((0, 1, 3)))
+        visible = visible[:, :, queries]
+        q = take(self.q[b, heads][None, :, queries])
+        k, v = (take(x[b, h][keys][None, None]) for x in (self.k, self.v))
+        do, dlse = self._gradients(b, heads, queries, take)
+        lse = take(lse[None, :, queries, None])
+        if arithmetic is None:
+            delta = delta[None, :, queries, None]
+        else:
+            delta = (do * stored(take(o[None, :, queries]))).sum(-1, keepdims=True)
+        if dlse is not None:
+            delta = delta - dlse[..., None]
+        keep = self._keep(b, heads, queries, keys)
+        return key_gradients(do, q, k, v, lse, delta, visible, keep, self.scale)
+
+    def _heads(self, group):
+        """(batch row, query heads, key head) of a group."""
+        b, h = group
+        return b, h * self.repeats + np.arange(self.repeats), h
+
+    def _visible(self, b, queries, keys=None):
+        options = {name: self.options[name] for name in _MASKS if name in self.options}
+        lengths = self.options.get("lengths")
+        if lengths is not None:
+            options["lengths"] = np.asarray(lengths)[b : b + 1]
+        return visible_keys(self.Tq, self.Tk, queries=queries, keys=keys, **options)
+
+    def _keep(self, b, heads, queries, keys):
+        """What dropout multiplies the weights with."""
+        p = self.options.get("dropout", 0.0)
+        if not p:
+            return 1.0
+        row = (b * self.H + heads)[:, None] * self.Tq + queries
+        index = row[None, :, :, None] * self.Tk + keys
+        return keep_mask(index, p, self.options.get("seed", 0)) / (1 - p or 1)
+
+    def _gradients(self, b, heads, queries, take):
+        do = take(self.dys["o"][b, heads][None, :, queries])
+        if not self.return_lse:
+            return do, None
+        return do, take(self.dys["lse"][b, heads][None, :, queries])
+
+
+def _rows(heads, positions, T):
+    """The rows of a (B, H, T, D) tensor that lie at some positions of some heads, b·H + h."""
+    return (heads[:, None] * T + positions).ravel()
+
+
+def paged_attention_parts(inputs, options, dys, rng):
+    """The parts of `paged_attention`: some rows of the batch."""
+    q, table = inputs["q"], inputs["block_table"]
+    B, H, Tq, _ = q.shape
+    page = inputs["k_pages"].shape[2]
+
+    def part(b):
+        used = -(-int(inputs["lengths"][b]) // page)
+        pages = table[b, :used] if used else np.zeros(1, int)
+        # the pages that the row uses, in its order
+        own = np.arange(len(pages))[None]
+
+        def compute(arithmetic):
+            take = taken_in(arithmetic)
+            k, v = (take(inputs[name][pages]) for name in ("k_pages", "v_pages"))
+            lengths = inputs["lengths"][b : b + 1]
+            o, _ = paged_attention(take(q[b : b + 1]), k, v, own, lengths, **options)
+            return {"o": o}
+
+        rows = _rows(b * H + np.arange(H), np.arange(Tq), Tq)
+        return Part({"o": Take(rows)}, compute)
+
+    return [part(int(b)) for b in spread(B, _GROUPS, rng)]
