@@ -39,12 +39,13 @@ class Peer:
     framework: str = "torch"
     backward: bool = True
 
-    def command(self, dtype, cases=()):
+    def command(self, dtype, cases=(), layout=None):
         """The command line that checks these cases, all by default."""
         words = ["gaugeblock check", self.op, self.candidate]
         words += [] if self.framework == "torch" else ["--framework", self.framework]
         words += [] if self.backward else ["--no-backward"]
         words += [] if dtype == "float32" else ["--dtype", dtype]
+        words += ["--layout", layout] if layout else []
         return " ".join([*words, *([f'-k "{" or ".join(cases)}"'] if cases else [])])
 
     def check(self, dtype, expression=None):
@@ -59,19 +60,26 @@ class Peer:
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known about a peer's failing cases.
+    """What is known about failures of a candidate.
 
-    what:     the cause in words.
-    source:   how far it is known: "read" in the source, "reproduced" without the oracle, "inferred".
+    cases:    those it explains; all that no finding before it explains where there are none.
+    layout:   the layout it needs, where it needs one.
+    known:    how the cause is known: "read" in the source, "tried" without the oracle, "inferred".
     upstream: the thread where it is discussed.
     """
 
     candidate: str
-    cases: tuple[str, ...]
     what: str
+    cases: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ALL
-    source: str = "reproduced"
+    layout: str | None = None
+    known: str = "tried"
     upstream: str = ""
+
+    def explains(self, r, dtype):
+        """Whether it says why this result fails."""
+        right_case = not self.cases or r.case in self.cases
+        return dtype in self.dtypes and right_case and self.layout in (None, r.layout)
 
 
 SDPA = "examples.torch_sdpa:attention"
@@ -99,17 +107,95 @@ PEERS = (
     ),
 )  # fmt: skip
 
-FINDINGS = ()
+_HIDDEN = ("top_left_hidden_nan", "lengths", "lengths_causal")
+_LEAKS = "NaN in a value that the mask hides reaches the result: its weight is 0, and 0·NaN is NaN."
+
+# the first that explains a failure is taken
+FINDINGS = (
+    Finding(
+        SDPA,
+        "On a CPU `is_causal=True` with a `scale` of 0 or below gives NaN. The math backend is "
+        "right, and so is the same mask given as `attn_mask`. Probably −∞ is written into the "
+        "scores before they are multiplied by the scale.",
+        ("scale_negative", "scale_zero_causal"),
+    ),
+    Finding(SDPA, _LEAKS, _HIDDEN, upstream="https://github.com/pytorch/pytorch/issues/101967"),
+    Finding(
+        EAGER,
+        "A query that sees no key gets the mean of all values, not 0: the mask adds the dtype's "
+        "lowest finite value, and adding it to every score of a row changes nothing.",
+        ("unseeing_queries",),
+    ),
+    Finding(EAGER, _LEAKS, _HIDDEN),
+    Finding(
+        EAGER,
+        "Scores are kept in 16 bits between the product and the softmax, which costs digits where "
+        "they are large.",
+        dtypes=NARROW,
+        known="read",
+    ),
+    Finding(
+        JAX,
+        "A query that sees no key gets the mean of all values, not 0: hidden scores are a large "
+        "negative number.",
+        ("unseeing_queries",),
+    ),
+    Finding(JAX, _LEAKS, _HIDDEN),
+    Finding(
+        ONNX,
+        "A negative scale gives NaN: the evaluator multiplies q and k by its square root, as the "
+        "specification recommends.",
+        ("scale_negative",),
+        known="read",
+        upstream="https://github.com/onnx/onnx/issues/6984",
+    ),
+    Finding(ONNX, _LEAKS, _HIDDEN),
+    Finding(
+        ONNX,
+        "All arithmetic, sums included, is in 16 bits.",
+        dtypes=NARROW,
+        known="read",
+    ),
+    Finding(
+        ONNX_NORM,
+        "`stash_type=1`, statistics in float32, is ignored: they are in 16 bits. Mended upstream "
+        "after this release.",
+        dtypes=NARROW,
+        known="read",
+        upstream="https://github.com/onnx/onnx/pull/8439",
+    ),
+    Finding(
+        LIGER_LOSS,
+        "Where every target is ignored the mean is 0; torch, and with it the catalog, says NaN.",
+        ("all_ignored_mean",),
+        dtypes=_INTERPRETED,
+        upstream="https://github.com/pytorch/pytorch/issues/70348",
+    ),
+    Finding(
+        LIGER_LOSS,
+        "It takes logits of rank 2 alone.",
+        ("rank_three",),
+        dtypes=_INTERPRETED,
+        known="read",
+    ),
+    Finding(
+        LIGER_LOSS,
+        "Where the logits' last stride is not 1 their gradient is the logits themselves. The "
+        "forward pass makes them contiguous, the copy has no `requires_grad`, and so the kernel "
+        "writes no gradient over it.",
+        dtypes=_INTERPRETED,
+        layout="transposed",
+        known="read",
+    ),
+)
 
 
-def known(candidate, dtype):
-    """{case: its finding} of a candidate in a dtype."""
-    return {
-        case: finding
-        for finding in FINDINGS
-        if finding.candidate == candidate and dtype in finding.dtypes
-        for case in finding.cases
-    }
+def explanation(candidate, r, dtype):
+    """The index of the finding that explains a failure, None where none does."""
+    return next(
+        (i for i, f in enumerate(FINDINGS) if f.candidate == candidate and f.explains(r, dtype)),
+        None,
+    )
 
 
 def measured(peer, dtype):
@@ -129,7 +215,7 @@ def measured(peer, dtype):
         "cases": len({r.case for r in report.results}),
         "failed": {
             case: {"output": r.output, "layout": r.layout, "kind": r.kind, "ratio": _plain(r.ratio),
-                   "hint": r.hint}
+                   "hint": r.hint, "finding": explanation(peer.candidate, r, dtype)}
             for case, r in worst.items()
         },
         "closest": max(passing, default=0.0),
@@ -156,11 +242,24 @@ def record(peers=PEERS, progress=lambda line: None):
             found["versions"][peer.package] = _version(peer.package)
             progress(f"{peer.candidate} {dtype}: {entry['wrong']} of {entry['compared']} wrong")
     by_name = {peer.candidate: peer for peer in peers}
-    for finding in FINDINGS:
-        if finding.candidate in by_name:
-            command = by_name[finding.candidate].command(finding.dtypes[0], finding.cases)
-            found["findings"].append(asdict(finding) | {"command": command})
+    for number, finding in enumerate(FINDINGS):
+        shown = _shown(found["peers"], number)
+        if shown:
+            dtype, cases = shown
+            cases = () if finding.layout else cases
+            command = by_name[finding.candidate].command(dtype, cases, finding.layout)
+            found["findings"].append(asdict(finding) | {"number": number, "command": command})
     return found
+
+
+def _shown(entries, number):
+    """(dtype, its worst cases) that show a finding; None where nothing does."""
+    for entry in entries:
+        failed = {c: f for c, f in entry["failed"].items() if f["finding"] == number}
+        if failed:
+            worst = sorted(failed, key=lambda c: -float(failed[c]["ratio"]))[:3]
+            return entry["dtype"], [c for c in failed if c in worst]
+    return None
 
 
 def _version(package):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from gaugeblock.reference.oracle import check
 
+from tests.bank import mutants_attention, mutants_decode, mutants_loss
 from tests.bank.__main__ import RECORD, op_of, run
 from tests.bank.bugs import BUGS
 from tests.bank.mutants import bank
@@ -47,6 +48,23 @@ def test_every_line_of_the_bug_bank_has_a_mutant():
 def test_the_bank_is_large():
     assert sum(not m.cheat for m in MUTANTS.values()) >= 75
     assert len({m.name.split("/")[1] for m in MUTANTS.values() if m.cheat}) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "base"),
+    [
+        ("attention", mutants_attention.Attention),
+        ("attention", mutants_attention.Walk),
+        ("attention", mutants_attention.Split),
+        ("paged_attention", mutants_decode.PagedAttention),
+        ("cross_entropy", mutants_loss.CrossEntropy),
+        ("linear_cross_entropy", mutants_loss.LinearCrossEntropy),
+    ],
+)
+def test_what_the_mutants_are_made_of_is_right(op, base):
+    report = check(op, base(), dtypes=("float32", "float16", "bfloat16"), memory=False)
+    assert report.passed, report.failures
 
 
 @pytest.mark.slow

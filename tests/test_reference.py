@@ -20,7 +20,7 @@ POINTS = [
     for name in OPS
     for case in CATALOG[name].select("full")
     # a result that is NaN has no gradient to compare
-    if case.name not in ("nan_seen", "relu_nan")
+    if case.name not in ("nan_seen", "nan_key_seen", "nan_query_seen", "relu_nan")
 ]
 HIDDEN_NAN = "top_left_hidden_nan"
 

@@ -58,13 +58,18 @@ def _case(name, B, H, Tq, Tk, D, *, hidden=None, seen=None, **rest):
     return Case(name, B=B, H=H, Tq=Tq, Tk=Tk, D=D, values=values, **rest)
 
 
+def _one_nan(x, dims, rng):
+    x[-1, -1, 3, 2] = np.nan
+    return x
+
+
 def _far_positive(q, dims, rng):
-    return 6 * np.abs(q) + 4
+    return 0.3 * q + 4
 
 
 def _far_negative(k, dims, rng):
     """Every score far below 0: a maximum that starts from 0 makes every exponential 0."""
-    return -6 * np.abs(k) - 4
+    return 0.3 * k - 14
 
 
 def _nan_seen(inputs, options):
@@ -198,7 +203,9 @@ ATTENTION = row(
             global_tokens=1,
             cu_seqlens=(0, 20, 45),
         ),
-        _case("nan_seen", 2, 2, 20, 20, 8, causal=True, seen=np.nan, tags=("full",)),
+        _case("nan_seen", 2, 2, 20, 20, 8, causal=True, seen=np.nan),
+        _case("nan_key_seen", 2, 2, 20, 20, 8, causal=True, values={"k": _one_nan}),
+        _case("nan_query_seen", 2, 2, 20, 20, 8, causal=True, values={"q": _one_nan}),
         _case("unseeing_nan", 1, 2, 40, 21, 8, causal=True, hidden=np.nan, return_lse=True),
         _case("dropout", 2, 2, 19, 23, 8, causal=True, dropout=0.3, seed=1234),
         _case("dropout_other_seed", 1, 2, 19, 19, 8, dropout=0.5, seed=-7),

@@ -13,7 +13,7 @@ import numpy as np
 from .._attention import attend, key_gradients, score_gradient, visible_keys, weights_again
 from .._paged_attention import paged_attention
 from .._philox import keep_mask
-from .._rounding import stored
+from .._rounding import rescaled, stored
 from ..oracle.adapters import Take
 from ..oracle.sampled import Part, blocks, spread, taken_in
 
@@ -159,7 +159,8 @@ class _Problem:
         q = take(self.q[b, heads][None, :, queries])
         k, v = (take(x[b, h][keys][None, None]) for x in (self.k, self.v))
         do, dlse = self._gradients(b, heads, queries, take)
-        lse = take(lse[None, :, queries, None])
+        # the last place of the logarithm, and that of its sum with the maximum
+        lse = rescaled(take(lse[None, :, queries, None]))
         if arithmetic is None:
             delta = delta[None, :, queries, None]
         else:

@@ -1,0 +1,403 @@
+"""Which elements of each op's results are compared at large shapes, and their computation.
+
+Rows that do not depend on each other are compared with all that they depend on. Sums over all rows
+are taken in blocks of rows; where a gradient is wide, some of its columns are compared.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .._adamw import adamw
+from .._cross_entropy import cross_entropy, cross_entropy_backward, logit_gradient
+from .._dropout import drop, dropout_backward
+from .._embedding import embedding, embedding_backward
+from .._ffn import hidden, hidden_gradient
+from .._layer_norm import layer_norm, layer_norm_backward
+from .._linear import linear, linear_backward
+from .._philox import keep_mask
+from .._residual_layer_norm import residual_layer_norm, residual_layer_norm_backward
+from .._rounding import stored
+from .._sample import sample
+from ..oracle.adapters import Take
+from ..oracle.sampled import Part, blocks, spread, taken_in
+
+_ROWS, _COLUMNS = 256, 128
+# values of the compared rows together, and values in memory at once
+_VALUES, _BLOCK = 2**22, 2**20
+
+
+def _flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _some_rows(n, width, rng):
+    """Fewer rows where they are wide, but so many that statistics hold."""
+    return spread(n, int(np.clip(_VALUES // max(width, 1), 32, _ROWS)), rng)
+
+
+def _whole(shape):
+    return Take(np.arange(int(np.prod(shape[:-1]))))
+
+
+def _joined(found):
+    """{name: array} of blocks of rows, one after the other."""
+    return {name: np.concatenate([np.asarray(f[name]) for f in found]) for name in found[0]}
+
+
+def _added(found):
+    """{name: array} of blocks of rows, added."""
+    total = None
+    for values in found:
+        total = values if total is None else {k: total[k] + x for k, x in values.items()}
+    return total
+
+
+def _norm_parts(forward, backward, inputs, options, dys, rng):
+    """Of a normalisation of rows: outputs and dx of some rows, dw and db whole."""
+    *rows_of, w, b = inputs.values()
+    names = list(inputs)[:-2]
+    rows_of, outputs = [_flat(x) for x in rows_of], ("y", "h")[: len(names)]
+    M, N = rows_of[0].shape
+    chosen = _some_rows(M, N, rng)
+
+    def run(rows, take):
+        y, cache = forward(*(take(x[rows]) for x in rows_of), take(w), take(b), **options)
+        ys = y if isinstance(y, tuple) else (y,)
+        if dys is None:
+            return ys, ()
+        dy = tuple(take(_flat(dys[name])[rows]) for name in outputs)
+        return ys, backward(dy if len(dy) > 1 else dy[0], cache)
+
+    def at_rows(arithmetic):
+        ys, grads = run(chosen, taken_in(arithmetic))
+        return dict(zip(outputs, ys)) | {f"d{n}": g for n, g in zip(names, grads)}
+
+    def summed(arithmetic):
+        take = taken_in(arithmetic)
+        return _added(
+            dict(zip(("dw", "db"), run(rows, take)[1][-2:])) for rows in blocks(M, _BLOCK // N)
+        )
+
+    of_rows = [*outputs, *(f"d{n}" for n in names if dys is not None)]
+    parts = [Part(dict.fromkeys(of_rows, Take(chosen)), at_rows)]
+    if dys is not None:
+        parts.append(Part(dict.fromkeys(("dw", "db"), _whole((N,))), summed))
+    return parts
+
+
+def layer_norm_parts(*problem):
+    """The parts of `layer_norm`."""
+    return _norm_parts(layer_norm, layer_norm_backward, *problem)
+
+
+def residual_layer_norm_parts(*problem):
+    """The parts of `residual_layer_norm`."""
+    return _norm_parts(residual_layer_norm, residual_layer_norm_backward, *problem)
+
+
+def linear_parts(inputs, options, dys, rng):
+    """The parts of `linear`: rows of y and dx, columns of dw and db."""
+    x, w, b = _flat(inputs["x"]), inputs["w"], inputs["b"]
+    rows = _some_rows(len(x), max(w.shape), rng)
+    columns = spread(w.shape[1], _COLUMNS, rng)
+    dy = None if dys is None else _flat(dys["y"])
+
+    def at_rows(arithmetic):
+        take = taken_in(arithmetic)
+        y, cache = linear(take(x[rows]), take(w), take(b))
+        return {"y": y} | ({} if dy is None else {"dx": linear_backward(take(dy[rows]), cache)[0]})
+
+    def at_columns(arithmetic):
+        take, found = taken_in(arithmetic), []
+        for some in blocks(len(x), _BLOCK // x.shape[1]):
+            cache = take(x[some]), take(w[:, columns]), b is not None
+            _, dw, db = linear_backward(take(dy[some][:, columns]), cache)
+            found.append({"dw": dw} | ({} if db is None else {"db": db}))
+        return _added(found)
+
+    parts = [Part(dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows)), at_rows)]
+    if dy is not None:
+        takes = {"dw": Take(np.arange(len(w)), columns)}
+        takes |= {} if b is None else {"db": Take(np.array([0]), columns)}
+        parts.append(Part(takes, at_columns))
+    return parts
+
+
+def ffn_parts(inputs, options, dys, rng):
+    """The parts of `ffn`: rows of y and dx; columns of dw1, db1 and rows of dw2; db2 whole."""
+    x, w1, b1, w2, b2 = inputs.values()
+    x, (C, F) = _flat(x), w1.shape
+    activation = options.get("activation", "gelu_tanh")
+    rows, units = _some_rows(len(x), F, rng), spread(F, _COLUMNS, rng)
+    dy = None if dys is None else _flat(dys["y"])
+
+    def at_rows(arithmetic):
+        take = taken_in(arithmetic)
+        wide1, wide2 = take(w1), take(w2)
+        z, a = hidden(take(x[rows]), wide1, take(b1), activation)
+        found = {"y": a @ wide2 + take(b2)}
+        if dy is not None:
+            found["dx"] = hidden_gradient(take(dy[rows]), wide2, z, activation) @ wide1.T
+        return found
+
+    def at_units(arithmetic):
+        take, found = taken_in(arithmetic), []
+        some1, some2, bias = take(w1[:, units]), take(w2[units]), take(b1[units])
+        for some in blocks(len(x), _BLOCK // C):
+            some_x, some_dy = take(x[some]), take(dy[some])
+            z, a = hidden(some_x, some1, bias, activation)
+            dz = hidden_gradient(some_dy, some2, z, activation)
+            found.append(
+                {
+                    "dw1": some_x.T @ dz,
+                    "db1": dz.sum(0),
+                    "dw2": a.T @ some_dy,
+                    "db2": some_dy.sum(0),
+                }
+            )
+        return _added(found)
+
+    parts = [Part(dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows)), at_rows)]
+    if dy is not None:
+        one = np.array([0])
+        takes = {
+            "dw1": Take(np.arange(C), units),
+            "db1": Take(one, units),
+            "dw2": Take(units),
+            "db2": Take(one),
+        }
+        parts.append(Part(takes, at_units))
+    return parts
+
+
+class _Losses:
+    """Cross-entropy of rows whose logits come in blocks.
+
+    logits: logits(rows, take) -> (n, V), of some rows.
+    """
+
+    def __init__(self, logits, targets, V, options, dys, rng):
+        self.logits, self.targets, self.V = logits, targets.reshape(-1), V
+        self.shape, self.dys = targets.shape, dys
+        self.ignore_index = options.get("ignore_index", -100)
+        self.alpha = float(options.get("label_smoothing", 0.0))
+        self.reduction = options.get("reduction", "mean")
+        self.kept = self.targets != self.ignore_index
+        self.rows = _some_rows(len(self.targets), V, rng)
+        self._exact = None
+
+    @property
+    def take(self):
+        """Which losses are compared."""
+        if self.reduction != "none":
+            return Take(np.array([0]))
+        columns = self.shape[-1]
+        rows, columns = np.divmod(self.rows, columns)
+        return Take(rows, columns[:, None])
+
+    def blocks(self, rows):
+        return blocks(rows, _BLOCK // self.V)
+
+    def of(self, rows, take):
+        """(losses, what the backward keeps) of some rows."""
+        return cross_entropy(
+            self.logits(rows, take), self.targets[rows], reduction="none",
+            ignore_index=self.ignore_index, label_smoothing=self.alpha,
+        )  # fmt: skip
+
+    def exact(self):
+        """(loss, lse) of every row, in float64; kept."""
+        if self._exact is None:
+            found, take = [], taken_in(None)
+            for rows in self.blocks(len(self.targets)):
+                logits = self.logits(rows, take)
+                losses, _ = cross_entropy(
+                    logits, self.targets[rows], reduction="none",
+                    ignore_index=self.ignore_index, label_smoothing=self.alpha,
+                )  # fmt: skip
+                # with targets of its own and no smoothing: the loss is lse − logit
+                first = np.argmax(logits, -1)
+                least, _ = cross_entropy(logits, first, ignore_index=-1, reduction="none")
+                lse = least + np.take_along_axis(logits, first[:, None], -1)[:, 0]
+                found.append({"loss": losses, "lse": lse})
+            self._exact = _joined(found)
+        return self._exact
+
+    def loss(self, arithmetic, at_rows):
+        """The reduced loss, given the losses of the compared rows in this arithmetic."""
+        if self.reduction == "none":
+            return at_rows
+        losses = self.exact()["loss"]
+        if arithmetic is not None:
+            # the other rows have errors like theirs
+            errors = np.asarray(at_rows, np.float64) - losses[self.rows]
+            losses = losses + np.where(self.kept, np.resize(errors, losses.shape), 0.0)
+        losses = taken_in(arithmetic)(losses)
+        return losses.sum() / self._count() if self.reduction == "mean" else losses.sum()
+
+    def _count(self):
+        return np.float64(self.kept.sum())
+
+    def scales(self, rows, take):
+        """dloss/count of some rows."""
+        dloss = take(np.asarray(self.dys["loss"]).reshape(-1))
+        if self.reduction == "none":
+            return dloss[rows]
+        return np.broadcast_to(dloss / (self._count() if self.reduction == "mean" else 1.0),
+                               (len(rows),))  # fmt: skip
+
+
+def cross_entropy_parts(inputs, options, dys, rng):
+    """The parts of `cross_entropy`: rows of dlogits, and the loss."""
+    logits = _flat(inputs["logits"])
+    problem = _Losses(
+        lambda rows, take: take(logits[rows]), inputs["targets"], logits.shape[1], options, dys, rng
+    )
+
+    def compute(arithmetic):
+        take, found = taken_in(arithmetic), []
+        for rows in problem.blocks(problem.rows):
+            losses, cache = problem.of(rows, take)
+            found.append({"loss": losses})
+            if dys is not None:
+                (found[-1]["dlogits"],) = cross_entropy_backward(problem.scales(rows, take), cache)
+        found = _joined(found)
+        found["loss"] = problem.loss(arithmetic, found["loss"])
+        return found
+
+    takes = {"loss": problem.take} | ({} if dys is None else {"dlogits": Take(problem.rows)})
+    return [Part(takes, compute)]
+
+
+def linear_cross_entropy_parts(inputs, options, dys, rng):
+    """The parts of `linear_cross_entropy`: the loss, rows of dx, some of the vocabulary's dw, db.
+
+    A legal run of dw and db rounds the exact lse to float32, as a kernel keeps it.
+    """
+    x, w, b = _flat(inputs["x"]), inputs["w"], inputs["b"]
+    weights = {}
+
+    def logits(rows, take):
+        key = take(np.zeros(0)).dtype
+        if key not in weights:
+            weights.clear()
+            weights[key] = w.astype(key).T
+        wide = weights[key] if key == np.float64 else take(weights[key])
+        return linear(take(x[rows]), wide, take(b))[0]
+
+    problem = _Losses(logits, inputs["targets"], len(w), options, dys, rng)
+    # a target's row has a gradient that stands out
+    words = spread(len(w), _COLUMNS, rng, problem.targets[problem.kept][: _COLUMNS // 4])
+
+    def at_rows(arithmetic):
+        take, found = taken_in(arithmetic), []
+        for rows in problem.blocks(problem.rows):
+            losses, cache = problem.of(rows, take)
+            found.append({"loss": losses})
+            if dys is not None:
+                (dlogits,) = cross_entropy_backward(problem.scales(rows, take), cache)
+                found[-1]["dx"] = stored(dlogits) @ take(w)
+        found = _joined(found)
+        found["loss"] = problem.loss(arithmetic, found["loss"])
+        return found
+
+    def at_words(arithmetic):
+        take, found = taken_in(arithmetic), []
+        some_w, some_b = take(w[words]), take(None if b is None else b[words])
+        lse = problem.exact()["lse"]
+        for rows in blocks(len(x), _BLOCK // x.shape[1]):
+            some_x = take(x[rows])
+            p = np.exp(linear(some_x, some_w.T, some_b)[0] - take(lse[rows])[:, None])
+            target = (1 - problem.alpha) * (problem.targets[rows][:, None] == words)
+            dlogits = logit_gradient(
+                problem.scales(rows, take), problem.kept[rows], p, target, problem.alpha / len(w)
+            )
+            _, dw, db = linear_backward(stored(dlogits), (some_x, some_w.T, b is not None))
+            found.append({"dw": dw.T} | ({} if b is None else {"db": db}))
+        return _added(found)
+
+    takes = {"loss": problem.take} | ({} if dys is None else {"dx": Take(problem.rows)})
+    parts = [Part(takes, at_rows)]
+    if dys is not None:
+        takes = {"dw": Take(words)} | ({} if b is None else {"db": Take(np.array([0]), words)})
+        parts.append(Part(takes, at_words))
+    return parts
+
+
+def embedding_parts(inputs, options, dys, rng):
+    """The parts of `embedding`: rows of y; of dwte some tokens, of dwpe some positions."""
+    tokens, wte, wpe = inputs.values()
+    T = tokens.shape[-1]
+    flat, positions = tokens.reshape(-1), np.resize(np.arange(T), tokens.size)
+    rows = _some_rows(tokens.size, wte.shape[1], rng)
+
+    def at_rows(arithmetic):
+        take = taken_in(arithmetic)
+        ids, where = np.arange(len(rows)), np.arange(len(rows))
+        y, _ = embedding(ids, take(wte[flat[rows]]), take(wpe[positions[rows]]), where)
+        return {"y": y}
+
+    def summed(name, table, index, chosen):
+        """The gradient of some rows of a table."""
+
+        def compute(arithmetic):
+            take = taken_in(arithmetic)
+            order = np.full(len(table), -1)
+            order[chosen] = np.arange(len(chosen))
+            used = np.flatnonzero(order[index] >= 0)
+            _, cache = embedding(order[index[used]], take(table[chosen]))
+            return {name: embedding_backward(take(_flat(dys["y"])[used]), cache)[0]}
+
+        return Part({name: Take(chosen)}, compute)
+
+    parts = [Part({"y": Take(rows)}, at_rows)]
+    if dys is not None:
+        some = spread(len(wte), _ROWS, rng, flat[: _ROWS // 4])
+        parts.append(summed("dwte", wte, flat, some))
+        parts.append(summed("dwpe", wpe, positions, spread(len(wpe), _ROWS, rng)))
+    return parts
+
+
+def dropout_parts(inputs, options, dys, rng):
+    """The parts of `dropout`: some rows."""
+    x = _flat(inputs["x"])
+    rows = _some_rows(*x.shape, rng)
+    p, seed = options["p"], options["seed"]
+
+    def compute(arithmetic):
+        take = taken_in(arithmetic)
+        kept = keep_mask(rows[:, None] * x.shape[1] + np.arange(x.shape[1]), p, seed)
+        y, cache = drop(take(x[rows]), kept, p)
+        if dys is None:
+            return {"y": y}
+        return {"y": y, "dx": dropout_backward(take(_flat(dys["y"])[rows]), cache)[0]}
+
+    names = ("y",) if dys is None else ("y", "dx")
+    return [Part(dict.fromkeys(names, Take(rows)), compute)]
+
+
+def adamw_parts(inputs, options, dys, rng):
+    """The parts of `adamw`: some rows."""
+    state = [_flat(x) for x in inputs.values()]
+    rows = _some_rows(*state[0].shape, rng)
+
+    def compute(arithmetic):
+        take = taken_in(arithmetic)
+        (p, m, v), _ = adamw(*(take(x[rows]) for x in state), **options)
+        return {"p": p, "m": m, "v": v}
+
+    return [Part(dict.fromkeys(("p", "m", "v"), Take(rows)), compute)]
+
+
+def sample_parts(inputs, options, dys, rng):
+    """The parts of `sample`: some rows."""
+    logits, u = _flat(inputs["logits"]), inputs["u"]
+    rows = _some_rows(*logits.shape, rng)
+    wide = {"logits": logits[rows].astype(np.float64), "u": u.reshape(-1)[rows].astype(np.float64)}
+
+    def compute(arithmetic):
+        return {"token": sample(*wide.values(), **options)[0]}
+
+    where, columns = np.divmod(rows, u.shape[-1])
+    return [Part({"token": Take(where, columns[:, None])}, compute, inputs=wide)]
