@@ -74,11 +74,14 @@ def _cross_entropy_bwd_kernel(
     dloss = tl.load(dloss_ptr + row * stride_dloss)
     lse = tl.load(lse_ptr + row)
     x = tl.load(
-        logits_ptr + row * stride_m + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=0.0
+        logits_ptr + row * stride_m + offs_v.to(tl.int64) * stride_v,
+        mask=mask_v,
+        other=float("-inf"),
     ).to(ACC)
     slope = tl.exp(x - lse) - alpha / V
     slope -= tl.where(offs_v == target, 1 - alpha, 0.0)
-    dx = tl.where(target == ignore_index, 0.0, dloss * slope)
+    # before the product: where every target is ignored the mean's dloss is infinite
+    dx = tl.where(target == ignore_index, 0.0, dloss) * slope
     tl.store(dlogits_ptr + row * V + offs_v, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask_v)
 
 

@@ -146,6 +146,11 @@ class Session:
             found += [f"{what} {name}" for what in placed.damage(name in self.updates.values())]
         return found
 
+    def _layout_of(self, x):
+        """Only values are made to repeat, indices are not."""
+        repeats = self.layout == "expanded" and x.dtype.kind in "iu"
+        return "contiguous" if repeats else self.layout
+
     def _turn(self, x):
         """(B, H, T, D) as (B, T, H, D), and back, where the candidate wants it so."""
         return x.swapaxes(1, 2) if self.layout == "bthd" and np.ndim(x) == 4 else x
@@ -229,7 +234,7 @@ class NumpySession(Session):
     placed = NumpyPlaced
 
     def place(self, x):
-        return self.placed(np.asarray(x), self.layout)
+        return self.placed(np.asarray(x), self._layout_of(x))
 
     def run(self, fn):
         arrays = self._tensors()
@@ -351,7 +356,7 @@ class TorchPlaced(Placed):
 
 class TorchSession(Session):
     def place(self, x):
-        return TorchPlaced(np.asarray(x), self.layout, self.adapter.device)
+        return TorchPlaced(np.asarray(x), self._layout_of(x), self.adapter.device)
 
     def run(self, fn):
         torch, own = self.adapter.torch, self.adapter.backward
