@@ -20,11 +20,11 @@ def explain(got, want, bad, axes=()):
 
 
 def tile_of(bad, axes=()):
-    """The smallest usual tile size that the failing rows line up with, or None."""
+    """The largest usual tile size that the failing rows line up with, or None."""
     if bad.ndim < 2 or not bad.any():
         return None
     rows = bad.any(tuple(a for a in range(bad.ndim) if a != bad.ndim - 2))
-    return next((t for t in _TILES if t < len(rows) and _whole_tiles(rows, t)), None)
+    return next((t for t in reversed(_TILES) if t < len(rows) and _whole_tiles(rows, t)), None)
 
 
 def _about_values(got, want, bad):
@@ -69,9 +69,9 @@ def _about_places(bad, axes):
 
 
 def _about_axis(hit, where, name, n):
-    for t in _TILES:
+    for t in reversed(_TILES):
         if t >= n:
-            break
+            continue
         if len(where) > 1 and (where % t == t - 1).all():
             return f"only the last {name} of each tile of {t}"
         if len(where) > 1 and (where % t == 0).all():
