@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 PARALLEL := -n auto
 endif
 
-.PHONY: demo test gpu readme lint clean
+.PHONY: demo test gpu readme oracle lint clean
 
 demo: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.demo
@@ -25,6 +25,15 @@ gpu: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.gpu
 
 readme: $(READY)
+	$(RUN) -m gaugeblock.benchmarks.readme
+
+# what the oracle sees, blames and costs, for docs/oracle.md; a long run. A kernel that it misses is
+# in the tables and does not end the run.
+oracle: $(READY)
+	-$(RUN) -m tests.bank --cases full --out docs/oracle/mutants.json
+	$(RUN) -m tests.bank.measure --seeds 4 --brief --out docs/oracle/legal.json
+	$(RUN) -m examples.peers --out docs/oracle/peers.json
+	$(RUN) -m tests.bank.quick --out docs/oracle/quick.json
 	$(RUN) -m gaugeblock.benchmarks.readme
 
 lint: $(READY)

@@ -37,7 +37,7 @@ def main(path):
     torch.set_num_threads(1)
     results = parity(device)
     out = console()
-    out.print(worst_table(results))
+    out.print(worst_table(results, ("op", "dtype")))
     failures = [r for r in results if not r.passed]
     for r in failures:
         print(f"wrong {describe(r)}")
@@ -49,7 +49,7 @@ def main(path):
         "triton": triton.__version__,
         "compared": len(results),
         "failures": len(failures),
-        "worst": [asdict(r) for r in worst_of(results, ("op", "case"))],
+        "worst": [asdict(r) for r in worst_of(results, ("op", "dtype"))],
     }
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(1 if failures else 0)

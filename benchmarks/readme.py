@@ -1,6 +1,7 @@
-"""`make readme`: put what `make demo` left into docs/demo and into the README's generated parts.
+"""`make readme`: put what `make demo` left into docs/demo, and the records into the pages.
 
-A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+The README's generated parts come from docs/demo, those of docs/oracle.md from docs/oracle, which
+`make oracle` fills. A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from gaugeblock.reference.oracle import Result
@@ -15,6 +17,8 @@ from gaugeblock.reference.report import binding
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECORDS = CHECKOUT / "docs" / "demo"
+ORACLE = CHECKOUT / "docs" / "oracle"
+_FROM = {"findings": "peers"}
 _KEPT = ("parity.json", "inspect.json", "sample.txt", "model/train.json", "model/loss.png")
 
 
@@ -37,12 +41,32 @@ def parts(records=RECORDS):
     }
 
 
+def oracle_parts(records=ORACLE):
+    """{name: Markdown} of the generated parts of the oracle's page."""
+    write = {
+        "peers": _peers, "findings": _findings, "mutants": _mutants, "legal": _legal,
+        "quick": _quick,
+    }  # fmt: skip
+    return {
+        name: body(json.loads((records / f"{_FROM.get(name, name)}.json").read_text()))
+        for name, body in write.items()
+    }
+
+
+def pages():
+    """{page: its generated parts}."""
+    return {
+        CHECKOUT / "README.md": parts(),
+        CHECKOUT / "docs" / "oracle.md": oracle_parts(),
+    }
+
+
 def fill(text, parts):
     """The text with each generated part replaced. Raises ValueError for a part without a place."""
     for name, body in parts.items():
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not place.search(text):
-            raise ValueError(f"README: must hold <!-- {name} --> … <!-- /{name} -->, it does not")
+            raise ValueError(f"page: must hold <!-- {name} --> … <!-- /{name} -->, it does not")
         text = place.sub(lambda m, body=body: m[1] + body + m[2], text)
     return text
 
@@ -64,7 +88,7 @@ def _parity(record):
     said = (
         f"{record['compared']} tensors compared, {record['failures']} wrong "
         f"({record['device']}, torch {record['torch']}, triton {record['triton']}). "
-        "The worst tensor of each case:\n\n"
+        "The worst tensor of each kernel and dtype:\n\n"
     )
     return said + _table(["kernel", "case", "worst tensor", "error", "budget", "of it"], rows)
 
@@ -97,10 +121,153 @@ def _inspect(rows):
     )  # fmt: skip
 
 
+def _peers(record):
+    rows = [
+        [f"`{e['candidate'].removeprefix('examples.')}`",
+         f"{e['package']} {record['versions'][e['package']]}", e["dtype"], e["compared"],
+         e["wrong"], f"{len(e['failed'])} of {e['cases']}", f"{100 * e['closest']:.0f}%"]
+        for e in record["peers"]
+    ]  # fmt: skip
+    head = [
+        "candidate",
+        "version",
+        "dtype",
+        "tensors",
+        "wrong",
+        "cases wrong",
+        "closest that passes",
+    ]
+    missing = [f"- `{e['candidate']}`: {e['reason']}\n" for e in record["unavailable"]]
+    return _table(head, rows) + ("\nNot run:\n\n" + "".join(missing) if missing else "")
+
+
+_KNOWN = {"read": "the cause is read in its source", "tried": "reproduced without the oracle"}
+
+
+def _findings(record):
+    text = ""
+    for place, f in enumerate(record["findings"], 1):
+        entries = [e for e in record["peers"] if e["candidate"] == f["candidate"]]
+        package = entries[0]["package"]
+        seen = {e["dtype"]: _explained(e, f["number"]) for e in entries}
+        known = "; ".join(filter(None, [
+            ", ".join(f"{dtype} {_cases(cases)}" for dtype, cases in seen.items() if cases),
+            _KNOWN[f["known"]],
+            f["upstream"] and "[upstream]({})".format(f["upstream"]),
+        ]))  # fmt: skip
+        text += f"{place}. **{package} {record['versions'][package]}.** {f['what']} ({known})\n\n"
+        text += f"   ```sh\n   {f['command']}\n   ```\n\n"
+    unknown = [
+        f"- `{e['candidate']}` {e['dtype']}: {', '.join(cases)}\n"
+        for e in record["peers"]
+        if (cases := _explained(e, None))
+    ]
+    return text + ("Not diagnosed:\n\n" + "".join(unknown) + "\n" if unknown else "")
+
+
+def _explained(entry, number):
+    """{case: ratio} of the failures that a finding explains."""
+    return {
+        case: float(f["ratio"]) for case, f in entry["failed"].items() if f["finding"] == number
+    }
+
+
+def _cases(cases):
+    worst = max(cases.values())
+    share = f", worst {worst:.3g}× the budget" if worst < float("inf") else ""
+    return f"{len(cases)} {'case' if len(cases) == 1 else 'cases'}{share}"
+
+
+def _mutants(record):
+    defects, kinds = {}, Counter()
+    for name, entry in record.items():
+        defects.setdefault(entry["bug"], []).append((name.split("/")[0], entry["first"]))
+        kinds.update(first["kind"] for first in entry["first"].values())
+    missed = [name for name, entry in record.items() if not entry["first"]]
+    said = (
+        f"{len(record)} wrong kernels with {len(defects)} defects, {len(record) - len(missed)} "
+        "seen. As what they were seen, each dtype counted: "
+        + ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common())
+        + ".\n\n"
+    )
+    if missed:
+        said += f"Not seen: {', '.join(f'`{name}`' for name in missed)}.\n\n"
+    rows = []
+    for bug, found in defects.items():
+        firsts = [first for _, seen in found for first in seen.values()]
+        seen = sum(bool(first) for _, first in found)
+        rows.append(
+            [bug, ", ".join(dict.fromkeys(op for op, _ in found)), f"{seen} of {len(found)}",
+             firsts[0]["case"] if firsts else "–",
+             ", ".join(dict.fromkeys(f["kind"] for f in firsts)) or "–"]
+        )  # fmt: skip
+    ops = {}
+    for name, entry in record.items():
+        ops.setdefault(name.split("/")[0], []).append(bool(entry["first"]))
+    short = _table(["op", "wrong kernels", "seen"], [[op, len(s), sum(s)] for op, s in ops.items()])
+    long = _table(["defect", "ops", "seen", "for instance in", "as"], rows)
+    return f"{said}{short}\n<details><summary>Defect by defect</summary>\n\n{long}\n</details>\n"
+
+
+def _legal(record):
+    rate = record["blamed"] / max(record["compared"], 1)
+    above = ", ".join(f"{n:,} above {x}" for x, n in record["above"].items())
+    said = (
+        f"{record['variants']} legal kernels, inputs from {record['seeds']} seed(s), "
+        f"{record['compared']:,} "
+        f"tensors compared, {record['blamed']:,} blamed ({rate:.1e}). Error over budget: {above}. "
+        f"{record['compared'] / record['seconds']:,.0f} tensors a second on one core.\n\n"
+    )
+    rows = [
+        [r["op"], r["dtype"], f"{r['compared']:,}", r["blamed"], _figure(max(r["row"], r["rms"])),
+         _figure(r["looseness"]), _figure(r["discrimination"])]
+        for r in record["ops"]
+    ]  # fmt: skip
+    head = [
+        "op",
+        "dtype",
+        "tensors",
+        "blamed",
+        "largest error/budget",
+        "looseness",
+        "discrimination",
+    ]
+    blamed = [
+        f"- {key.replace('/', ' ')}: {', '.join(f'`{name}`' for name in s['variants'])}\n"
+        for key, s in record["outputs"].items()
+        if s["blamed"]
+    ]
+    return said + _table(head, rows) + ("\nBlamed:\n\n" + "".join(blamed) if blamed else "")
+
+
+def _figure(x):
+    return "–" if x is None else f"{x:,.0f}" if 100 <= x < 1e7 else f"{x:.2g}"
+
+
+def _quick(record):
+    rows = []
+    for op, r in record["ops"].items():
+        one, three = r["float32"], r["three"]
+        rows.append(
+            [op, r["cases"], one["compared"], f"{one['seconds']:.1f}", f"{three['compared']:,}",
+             f"{three['seconds']:.1f}"]
+        )  # fmt: skip
+    head = ["op", "cases", "tensors, float32", "seconds", "tensors, three dtypes", "seconds"]
+    total = [
+        sum(r[name]["seconds"] for r in record["ops"].values()) for name in ("float32", "three")
+    ]
+    said = (
+        f"{record['cores']} cores, {record['threads']} threads: {total[0]:.0f} s for all ops in "
+        f"float32, {total[1]:.0f} s in float32, float16 and bfloat16.\n\n"
+    )
+    return said + _table(head, rows)
+
+
 def main(demo="runs/demo"):
-    keep(demo)
-    readme = CHECKOUT / "README.md"
-    readme.write_text(fill(readme.read_text(), parts()))
+    if Path(demo).exists():
+        keep(demo)
+    for page, generated in pages().items():
+        page.write_text(fill(page.read_text(), generated))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+from gaugeblock.reference.catalog import find
 from gaugeblock.reference.oracle import check
 from gaugeblock.reference.oracle.worker import load
 
@@ -48,14 +47,15 @@ class Peer:
         words += ["--layout", layout] if layout else []
         return " ".join([*words, *([f'-k "{" or ".join(cases)}"'] if cases else [])])
 
-    def check(self, dtype, expression=None):
-        """The report. ValueError where the candidate cannot be imported."""
-        op = load(self.op, "op") if ":" in self.op else self.op
+    def check(self, dtype, cases=()):
+        """The report on these cases, all quick ones by default. ValueError where the candidate
+        cannot be imported.
+        """
+        op = load(self.op, "op") if ":" in self.op else find(self.op)
+        if cases:
+            op = replace(op, cases=[case for case in op.cases if case.name in cases])
         fn = load(self.candidate, "candidate")
-        return check(
-            op, fn, dtypes=(dtype,), framework=self.framework, backward=self.backward,
-            expression=expression,
-        )  # fmt: skip
+        return check(op, fn, dtypes=(dtype,), framework=self.framework, backward=self.backward)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ JAX = "examples.jax_attention:attention"
 ONNX = "examples.onnx_reference:attention"
 ONNX_NORM = "examples.onnx_reference:layer_norm"
 LIGER_LOSS = "examples.liger_cross_entropy:cross_entropy"
+LIGER_ROPE = "examples.liger_rope:candidate"
 # Triton's interpreter has no bfloat16 arithmetic
 _INTERPRETED = ("float32", "float16")
 _NUMPY = {"framework": "numpy", "backward": False}
@@ -187,6 +188,14 @@ FINDINGS = (
         layout="transposed",
         known="read",
     ),
+    Finding(
+        LIGER_ROPE,
+        "Where the heads lie innermost its backward pass turns the output's gradient in place: "
+        "whoever else holds that gradient finds it changed.",
+        dtypes=_INTERPRETED,
+        layout="transposed",
+        known="read",
+    ),
 )
 
 
@@ -272,8 +281,17 @@ def _version(package):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m examples.peers", description=__doc__)
     parser.add_argument("--out", type=Path, help="the record")
+    parser.add_argument("--only", default="", help="candidates whose name holds this")
+    parser.add_argument("--dtypes", nargs="+", default=ALL)
     options = parser.parse_args(arguments)
-    found = record(progress=lambda line: print(line, file=sys.stderr))
+    # before any of the peers imports Triton
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    chosen = [
+        replace(peer, dtypes=tuple(d for d in peer.dtypes if d in options.dtypes))
+        for peer in PEERS
+        if options.only in peer.candidate
+    ]
+    found = record(chosen, lambda line: print(line, file=sys.stderr))
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     if options.out:
         options.out.write_text(text)

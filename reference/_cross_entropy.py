@@ -34,19 +34,24 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
     index = np.where(kept, targets, 0)[..., None]
 
     with np.errstate(invalid="ignore"):
-        m = logits.max(-1, keepdims=True)
-        e = np.exp(logits - np.where(np.isneginf(m), 0.0, m))
-        with np.errstate(divide="ignore"):
-            lse = np.where(np.isneginf(m), 0.0, m) + np.log(e.sum(-1, keepdims=True))
-        loss = (1 - alpha) * (lse - np.take_along_axis(logits, index, -1))[..., 0]
-        if alpha:
-            loss = loss + alpha * (lse - logits.mean(-1, keepdims=True))[..., 0]
-        loss = np.where(kept, loss, 0.0)
+        loss, lse = row_losses(logits, index, kept, alpha)
         count = np.float64(kept.sum()) if reduction == "mean" else 1.0
         if reduction != "none":
             loss = loss.sum() / count
         p = np.exp(logits - lse)
     return loss, (p, index, kept, count, alpha)
+
+
+def row_losses(logits, index, kept, alpha):
+    """(loss, lse) of each row, lse (..., 1). index: the targets, (..., 1)."""
+    m = logits.max(-1, keepdims=True)
+    e = np.exp(logits - np.where(np.isneginf(m), 0.0, m))
+    with np.errstate(divide="ignore"):
+        lse = np.where(np.isneginf(m), 0.0, m) + np.log(e.sum(-1, keepdims=True))
+    loss = (1 - alpha) * (lse - np.take_along_axis(logits, index, -1))[..., 0]
+    if alpha:
+        loss = loss + alpha * (lse - logits.mean(-1, keepdims=True))[..., 0]
+    return np.where(kept, loss, 0.0), lse
 
 
 def cross_entropy_backward(dloss, cache):

@@ -79,6 +79,10 @@ class Arithmetic:
         """Another unit for each value: a kernel that converts twice need not get back."""
         return self._draw.uniform(1, 2)
 
+    def draw(self, shape):
+        """Uniform numbers in −1 … 1."""
+        return self._draw.uniform(-1, 1, shape)
+
     def takes_another(self):
         """Whether the next formula with an equal in exact arithmetic gives way to it."""
         return bool(self.chunk and self._draw.integers(2))
@@ -100,8 +104,10 @@ class Arithmetic:
             a, b = (tf32(x, cut=self.roads) for x in (a, b))
         if not self.chunk or a.shape[-1] == 0 or a.ndim < 2 or b.ndim < 2:
             return np.matmul(a, b)
-        total = None
-        for part in self.parts(a.shape[-1]):
+        total, parts = None, self.parts(a.shape[-1])
+        if len(parts) == a.shape[-1]:
+            return _added_one_by_one(a, b, np.concatenate(parts))
+        for part in parts:
             product = np.matmul(a[..., part], b[..., part, :])
             total = product if total is None else total + product
         return total
@@ -192,6 +198,22 @@ def tf32(x, cut=False):
     if not cut:
         bits = np.where(np.isfinite(x), bits + np.uint32(1 << 12), bits)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _added_one_by_one(a, b, order):
+    """a @ b with the terms of its sums added in this order."""
+    if a.shape[-2] > b.shape[-1]:
+        # the longer axis last: loops over it are fast
+        swapped = _added_one_by_one(b.swapaxes(-1, -2), a.swapaxes(-1, -2), order)
+        return np.ascontiguousarray(swapped.swapaxes(-1, -2))
+    columns = np.ascontiguousarray(np.moveaxis(a, -1, 0))[..., None]
+    rows = np.ascontiguousarray(np.moveaxis(b, -2, 0))[..., None, :]
+    total = columns[order[0]] * rows[order[0]]
+    term = np.empty_like(total)
+    for i in order[1:]:
+        np.multiply(columns[i], rows[i], out=term)
+        total += term
+    return total
 
 
 def _plain(x):

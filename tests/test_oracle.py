@@ -208,6 +208,21 @@ def test_gradients_by_central_differences_leave_room_for_legal_roundings():
         assert {r.output for r in wrong.failures} == {"y", "dx"}
 
 
+def test_a_reference_that_insists_on_float64_still_judges():
+    def softmax(x):
+        x = np.asarray(x, np.float64)
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    op = Op("softmax", reference=softmax, inputs={"x": "M N"}, cases=[Case("odd", M=5, N=23)])
+    for seed in range(5):
+        right = check(op, lambda x: x.float().softmax(-1).to(x), seed=seed)
+        assert right.passed, right.failures
+        assert any("turns its inputs into float64" in line for line in right.not_checked)
+        wrong = check(op, lambda x: (x * 1.0001).softmax(-1), seed=seed)
+        assert {r.output for r in wrong.failures} == {"y", "dx"}
+
+
 def test_a_case_that_overflows_every_legal_run_has_no_verdict():
     large = Case("large", M=3, N=5, values={"x": lambda x, dims, rng: x + 100})
     op = Op("lse", lambda x: np.log(np.exp(x).sum(-1)), {"x": "M N"}, [large])

@@ -14,9 +14,14 @@ from gaugeblock.reference.catalog import CATALOG
 from tests.helpers import CHECKOUT, gaugeblock, python
 
 
-def test_the_readme_holds_what_the_records_say():
+def test_the_pages_hold_what_the_records_say():
+    for page, generated in readme.pages().items():
+        text = page.read_text()
+        assert readme.fill(text, generated) == text, page
+
+
+def test_the_readme_has_the_parity_of_every_kernel():
     text = (CHECKOUT / "README.md").read_text()
-    assert readme.fill(text, readme.parts()) == text
     record = json.loads((readme.RECORDS / "parity.json").read_text())
     kernels = {name for name, op in CATALOG.items() if op.kernel is None}
     assert {r["op"] for r in record["worst"]} == kernels
@@ -43,7 +48,7 @@ def test_a_generated_part_needs_its_place():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("target", ["demo", "test", "gpu", "readme", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "gpu", "readme", "oracle", "lint"])
 def test_targets_of_make_run_anywhere(target):
     def commands(*options):
         ran = subprocess.run(
@@ -76,9 +81,12 @@ def test_every_op_is_timed_somewhere(op):
     for case in CATALOG[op].cases:
         if "bench" in case.tags:
             forward = CATALOG[op].flop_count(case), CATALOG[op].byte_count(case, 2)
+            assert min(forward) > 0
+            if not CATALOG[op].differentiable():
+                continue
             backward = CATALOG[op].flop_count(case, "bwd"), CATALOG[op].byte_count(case, 2, "bwd")
-            assert 0 < forward[0] <= backward[0]
-            assert 0 < forward[1] < backward[1]
+            assert forward[0] <= backward[0]
+            assert forward[1] < backward[1]
 
 
 def test_flops_and_bytes_of_a_known_case():
@@ -114,7 +122,7 @@ def test_a_missing_dependency_is_named():
         "-c",
         "import sys; sys.modules['torch'] = None\n"
         "from gaugeblock.__main__ import main\n"
-        "main(['check', 'layer_norm', 'os:getcwd'])",
+        "main(['inspect', 'layer_norm'])",
     )
     assert ran.returncode == 2
     assert "pip install 'gaugeblock[kernels]'" in ran.stderr

@@ -99,7 +99,7 @@ def evaluate(op, inputs, options, dys, arithmetic=None):
         for name, x in inputs.items()
     }
     y = op.reference(*arrays.values(), **options)
-    outputs = y if isinstance(y, tuple) else (y,)
+    outputs = tuple(y) if isinstance(y, (tuple, list)) else (y,)
     if dys is None:
         return outputs, ()
     if op.backward is None:
@@ -107,7 +107,7 @@ def evaluate(op, inputs, options, dys, arithmetic=None):
     if arithmetic is not None:
         dys = tuple(map(arithmetic.array, dys))
     gradients = op.backward(dys if len(dys) > 1 else dys[0], *arrays.values(), **options)
-    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
     return outputs, tuple(g for g in gradients if g is not None)
 
 

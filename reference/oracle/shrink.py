@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from .expectation import Expectation
 from .memory import examine
 from .op import Case
+from .sampled import expectation_of
 
 # shrinking in one call of the oracle, all failures together
 SECONDS = 30.0
@@ -34,7 +34,7 @@ def shrunk(op, result, fn, adapter, seed=0, seconds=SECONDS):
 def fails(op, case, result, fn, adapter, seed=0):
     """Whether the candidate fails a case in the way of `result`."""
     try:
-        expectation = Expectation(op, case, result.dtype, seed, result.output[:1] == "d" or True)
+        expectation = expectation_of(op, case, result.dtype, seed)
         results = examine(
             expectation, adapter, fn, result.layout,
             deterministic=result.kind == "repeat", batch_invariant=result.kind == "batch",

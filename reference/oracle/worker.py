@@ -84,6 +84,8 @@ class _Worker:
                     self.restart()
                     return _Lost("timeout", f"did not return within {timeout:g} s")
                 kind, content = self.pipe.recv()
+                if kind == "missing":
+                    raise ModuleNotFoundError(f"No module named {content!r}", name=content)
                 if kind == "refused":
                     raise ValueError(content)
                 if kind == "answer":
@@ -130,7 +132,10 @@ def _serve(pipe, op, candidate, settings, folder):
             settings["backward"] = load(settings["backward"], "backward")
         checker = Checker(row, fn, watch=watch, **settings)
         checker.name = candidate
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        pipe.send(("missing", error.name))
+        return
+    except (ValueError, TypeError) as error:
         pipe.send(("refused", str(error)))
         return
     while True:

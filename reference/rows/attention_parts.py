@@ -24,7 +24,7 @@ _GROUPS = 8
 # the exact pass over all queries of a group costs so many multiplications at most, or one group
 _PRODUCTS = 2**35
 # scores in memory at once: exact ones, and those of legal runs, which stay in a cache
-_SCORES, _LEGAL_SCORES = 2**20, 2**18
+_SCORES, _LEGAL_SCORES = 2**20, 2**19
 _MASKS = ("causal", "align", "window", "global_tokens", "cu_seqlens")
 
 
@@ -77,8 +77,7 @@ class _Problem:
             most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tk)
             found = [self._queries(group, some, arithmetic) for some in blocks(queries, most)]
             return {
-                name: np.concatenate([np.asarray(f[name]) for f in found], axis=1)
-                for name in takes
+                name: np.concatenate([np.asarray(f[name]) for f in found], axis=1) for name in takes
             }
 
         # a query that sees nothing has lse = −∞
@@ -113,10 +112,11 @@ class _Problem:
         def compute(arithmetic):
             if not statistics:
                 statistics.append(self._statistics(group))
+            lse, delta, o = statistics[0]
+            if arithmetic is not None:
+                delta = self._rounded_delta(group, o, arithmetic)
             most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tq)
-            found = [
-                self._keys(group, some, arithmetic, *statistics[0]) for some in blocks(keys, most)
-            ]
+            found = [self._keys(group, some, arithmetic, lse, delta) for some in blocks(keys, most)]
             dk, dv = (np.concatenate([np.asarray(x) for x in xs], axis=2) for xs in zip(*found))
             return {"dk": dk, "dv": dv}
 
@@ -150,7 +150,16 @@ class _Problem:
                 delta[i, some] = (do * found).sum(-1)[0, 0]
         return lse, delta, o
 
-    def _keys(self, group, keys, arithmetic, lse, delta, o):
+    def _rounded_delta(self, group, o, arithmetic):
+        """delta from the rounded o."""
+        b, heads, _ = self._heads(group)
+        take, found = taken_in(arithmetic), []
+        for some in blocks(self.Tq, _LEGAL_SCORES // (self.repeats * self.D)):
+            do, _ = self._gradients(b, heads, some, take)
+            found.append(np.asarray((do * stored(take(o[None, :, some]))).sum(-1)[0]))
+        return np.concatenate(found, axis=1)
+
+    def _keys(self, group, keys, arithmetic, lse, delta):
         b, heads, h = self._heads(group)
         take = taken_in(arithmetic)
         visible = self._visible(b, np.arange(self.Tq), keys)
@@ -161,10 +170,7 @@ class _Problem:
         do, dlse = self._gradients(b, heads, queries, take)
         # the last place of the logarithm, and that of its sum with the maximum
         lse = rescaled(take(lse[None, :, queries, None]))
-        if arithmetic is None:
-            delta = delta[None, :, queries, None]
-        else:
-            delta = (do * stored(take(o[None, :, queries]))).sum(-1, keepdims=True)
+        delta = take(delta[None, :, queries, None])
         if dlse is not None:
             delta = delta - dlse[..., None]
         keep = self._keep(b, heads, queries, keys)

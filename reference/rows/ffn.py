@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..oracle.op import Case, Input, Wrong
+from .parts import ffn_parts
 from .row import row
 from .values import outlier_row, spread_by_10, tiny
 
@@ -82,4 +83,5 @@ FFN = row(
         Wrong("b2_length", "b2 must have shape", shapes={"b2": (47,)}),
         Wrong("unknown_activation", "activation must be one of", options={"activation": "swish"}),
     ),
+    sampled=ffn_parts,
 )

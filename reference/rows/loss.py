@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..oracle.op import Case, Index, Input, Wrong
+from .parts import cross_entropy_parts, linear_cross_entropy_parts
 from .row import row
 from .values import (
     all_ignored,
@@ -120,6 +121,7 @@ CROSS_ENTROPY = row(
         Wrong("unknown_reduction", "reduction must be one of", options={"reduction": "max"}),
         Wrong("smoothing_over_1", "label_smoothing must lie in", options={"label_smoothing": 1.5}),
     ),
+    sampled=cross_entropy_parts,
 )
 
 
@@ -216,4 +218,5 @@ LINEAR_CROSS_ENTROPY = row(
         Wrong("smoothing_over_1", "label_smoothing must lie in", options={"label_smoothing": 1.5}),
     ),
     kernel="not yet: the model keeps its logits",
+    sampled=linear_cross_entropy_parts,
 )

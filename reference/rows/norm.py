@@ -1,6 +1,7 @@
 """Rows of `layer_norm` and `residual_layer_norm`."""
 
 from ..oracle.op import Case, Wrong
+from .parts import layer_norm_parts, residual_layer_norm_parts
 from .row import row
 from .values import (
     all_negative,
@@ -42,6 +43,7 @@ LAYER_NORM = row(
         Wrong("w_length", "w must have shape", shapes={"w": (76,)}),
         Wrong("b_length", "b must have shape", shapes={"b": (78,)}),
     ),
+    sampled=layer_norm_parts,
 )
 
 
@@ -87,4 +89,5 @@ RESIDUAL_LAYER_NORM = row(
         Wrong("b_length", "b must have shape", shapes={"b": (78,)}),
     ),
     kernel="not yet: the model adds and normalises in two steps",
+    sampled=residual_layer_norm_parts,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .._adamw import adamw
-from .._cross_entropy import cross_entropy, cross_entropy_backward, logit_gradient
+from .._cross_entropy import cross_entropy, cross_entropy_backward, logit_gradient, row_losses
 from .._dropout import drop, dropout_backward
 from .._embedding import embedding, embedding_backward
 from .._ffn import hidden, hidden_gradient
@@ -36,8 +36,12 @@ def _some_rows(n, width, rng):
     return spread(n, int(np.clip(_VALUES // max(width, 1), 32, _ROWS)), rng)
 
 
-def _whole(shape):
-    return Take(np.arange(int(np.prod(shape[:-1]))))
+def _elements(shape, chosen):
+    """Some elements of a tensor, counted in C order."""
+    if len(shape) == 1:
+        return Take(np.array([0]), chosen)
+    rows, columns = np.divmod(chosen, shape[-1])
+    return Take(rows, columns[:, None])
 
 
 def _joined(found):
@@ -54,35 +58,41 @@ def _added(found):
 
 
 def _norm_parts(forward, backward, inputs, options, dys, rng):
-    """Of a normalisation of rows: outputs and dx of some rows, dw and db whole."""
+    """Of a normalisation of rows: outputs and dx of some rows, some columns of dw and db."""
     *rows_of, w, b = inputs.values()
     names = list(inputs)[:-2]
     rows_of, outputs = [_flat(x) for x in rows_of], ("y", "h")[: len(names)]
     M, N = rows_of[0].shape
-    chosen = _some_rows(M, N, rng)
+    chosen, columns = _some_rows(M, N, rng), spread(N, _COLUMNS, rng)
 
-    def run(rows, take):
-        y, cache = forward(*(take(x[rows]) for x in rows_of), take(w), take(b), **options)
-        ys = y if isinstance(y, tuple) else (y,)
-        if dys is None:
-            return ys, ()
-        dy = tuple(take(_flat(dys[name])[rows]) for name in outputs)
-        return ys, backward(dy if len(dy) > 1 else dy[0], cache)
+    def gradients(take, rows, columns, cache):
+        dy = tuple(take(_flat(dys[name])[rows][:, columns]) for name in outputs)
+        return backward(dy if len(dy) > 1 else dy[0], cache)
 
     def at_rows(arithmetic):
-        ys, grads = run(chosen, taken_in(arithmetic))
-        return dict(zip(outputs, ys)) | {f"d{n}": g for n, g in zip(names, grads)}
+        take = taken_in(arithmetic)
+        y, cache = forward(*(take(x[chosen]) for x in rows_of), take(w), take(b), **options)
+        found = dict(zip(outputs, y if isinstance(y, tuple) else (y,)))
+        if dys is not None:
+            grads = gradients(take, chosen, slice(None), cache)
+            found |= {f"d{n}": g for n, g in zip(names, grads)}
+        return found
 
     def summed(arithmetic):
-        take = taken_in(arithmetic)
-        return _added(
-            dict(zip(("dw", "db"), run(rows, take)[1][-2:])) for rows in blocks(M, _BLOCK // N)
-        )
+        take, found = taken_in(arithmetic), []
+        for rows in blocks(M, _BLOCK // N):
+            arrays = (take(x[rows]) for x in rows_of)
+            _, (xhat, rstd, _, x, mean) = forward(*arrays, take(w), take(b), **options)
+            kept = {"xhat": xhat[:, columns], "rstd": rstd, "x": x[:, columns], "mean": mean}
+            found.append(kept)
+        xhat, rstd, x, mean = (take(x) for x in _joined(found).values())
+        cache = xhat, rstd, take(w[columns]), x, mean
+        return dict(zip(("dw", "db"), gradients(take, slice(None), columns, cache)[-2:]))
 
     of_rows = [*outputs, *(f"d{n}" for n in names if dys is not None)]
     parts = [Part(dict.fromkeys(of_rows, Take(chosen)), at_rows)]
     if dys is not None:
-        parts.append(Part(dict.fromkeys(("dw", "db"), _whole((N,))), summed))
+        parts.append(Part(dict.fromkeys(("dw", "db"), Take(np.array([0]), columns)), summed))
     return parts
 
 
@@ -110,26 +120,25 @@ def linear_parts(inputs, options, dys, rng):
 
     def at_columns(arithmetic):
         take, found = taken_in(arithmetic), []
+        some_dy = take(dy[:, columns])
         for some in blocks(len(x), _BLOCK // x.shape[1]):
-            cache = take(x[some]), take(w[:, columns]), b is not None
-            _, dw, db = linear_backward(take(dy[some][:, columns]), cache)
-            found.append({"dw": dw} | ({} if db is None else {"db": db}))
-        return _added(found)
+            found.append({"dw": take(x[some]).T @ some_dy[some]})
+        return _added(found) | {"db": some_dy.sum(0)}
 
     parts = [Part(dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows)), at_rows)]
     if dy is not None:
-        takes = {"dw": Take(np.arange(len(w)), columns)}
-        takes |= {} if b is None else {"db": Take(np.array([0]), columns)}
+        takes = {"dw": Take(np.arange(len(w)), columns), "db": Take(np.array([0]), columns)}
         parts.append(Part(takes, at_columns))
     return parts
 
 
 def ffn_parts(inputs, options, dys, rng):
-    """The parts of `ffn`: rows of y and dx; columns of dw1, db1 and rows of dw2; db2 whole."""
+    """The parts of `ffn`: rows of y and dx; columns of dw1, db1 and db2, and rows of dw2."""
     x, w1, b1, w2, b2 = inputs.values()
     x, (C, F) = _flat(x), w1.shape
     activation = options.get("activation", "gelu_tanh")
     rows, units = _some_rows(len(x), F, rng), spread(F, _COLUMNS, rng)
+    columns = spread(C, _COLUMNS, rng)
     dy = None if dys is None else _flat(dys["y"])
 
     def at_rows(arithmetic):
@@ -142,21 +151,16 @@ def ffn_parts(inputs, options, dys, rng):
         return found
 
     def at_units(arithmetic):
-        take, found = taken_in(arithmetic), []
+        take, found, dzs = taken_in(arithmetic), [], []
         some1, some2, bias = take(w1[:, units]), take(w2[units]), take(b1[units])
         for some in blocks(len(x), _BLOCK // C):
             some_x, some_dy = take(x[some]), take(dy[some])
             z, a = hidden(some_x, some1, bias, activation)
             dz = hidden_gradient(some_dy, some2, z, activation)
-            found.append(
-                {
-                    "dw1": some_x.T @ dz,
-                    "db1": dz.sum(0),
-                    "dw2": a.T @ some_dy,
-                    "db2": some_dy.sum(0),
-                }
-            )
-        return _added(found)
+            found.append({"dw1": some_x.T @ dz, "dw2": a.T @ some_dy})
+            dzs.append({"dz": dz})
+        biases = {"db1": take(_joined(dzs)["dz"]).sum(0), "db2": take(dy[:, columns]).sum(0)}
+        return _added(found) | biases
 
     parts = [Part(dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows)), at_rows)]
     if dy is not None:
@@ -165,7 +169,7 @@ def ffn_parts(inputs, options, dys, rng):
             "dw1": Take(np.arange(C), units),
             "db1": Take(one, units),
             "dw2": Take(units),
-            "db2": Take(one),
+            "db2": Take(one, columns),
         }
         parts.append(Part(takes, at_units))
     return parts
@@ -192,9 +196,7 @@ class _Losses:
         """Which losses are compared."""
         if self.reduction != "none":
             return Take(np.array([0]))
-        columns = self.shape[-1]
-        rows, columns = np.divmod(self.rows, columns)
-        return Take(rows, columns[:, None])
+        return _elements(self.shape, self.rows)
 
     def blocks(self, rows):
         return blocks(rows, _BLOCK // self.V)
@@ -211,16 +213,10 @@ class _Losses:
         if self._exact is None:
             found, take = [], taken_in(None)
             for rows in self.blocks(len(self.targets)):
-                logits = self.logits(rows, take)
-                losses, _ = cross_entropy(
-                    logits, self.targets[rows], reduction="none",
-                    ignore_index=self.ignore_index, label_smoothing=self.alpha,
-                )  # fmt: skip
-                # with targets of its own and no smoothing: the loss is lse − logit
-                first = np.argmax(logits, -1)
-                least, _ = cross_entropy(logits, first, ignore_index=-1, reduction="none")
-                lse = least + np.take_along_axis(logits, first[:, None], -1)[:, 0]
-                found.append({"loss": losses, "lse": lse})
+                kept = self.kept[rows]
+                index = np.where(kept, self.targets[rows], 0)[:, None]
+                losses, lse = row_losses(self.logits(rows, take), index, kept, self.alpha)
+                found.append({"loss": losses, "lse": lse[:, 0]})
             self._exact = _joined(found)
         return self._exact
 
@@ -276,15 +272,17 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
     A legal run of dw and db rounds the exact lse to float32, as a kernel keeps it.
     """
     x, w, b = _flat(inputs["x"]), inputs["w"], inputs["b"]
-    weights = {}
+    kept = {}
+
+    def wide(take):
+        """w in an arithmetic; one at a time, for it is large."""
+        if take not in kept:
+            kept.clear()
+            kept[take] = take(w)
+        return kept[take]
 
     def logits(rows, take):
-        key = take(np.zeros(0)).dtype
-        if key not in weights:
-            weights.clear()
-            weights[key] = w.astype(key).T
-        wide = weights[key] if key == np.float64 else take(weights[key])
-        return linear(take(x[rows]), wide, take(b))[0]
+        return linear(take(x[rows]), wide(take).T, take(b))[0]
 
     problem = _Losses(logits, inputs["targets"], len(w), options, dys, rng)
     # a target's row has a gradient that stands out
@@ -297,13 +295,13 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
             found.append({"loss": losses})
             if dys is not None:
                 (dlogits,) = cross_entropy_backward(problem.scales(rows, take), cache)
-                found[-1]["dx"] = stored(dlogits) @ take(w)
+                found[-1]["dx"] = stored(dlogits) @ wide(take)
         found = _joined(found)
         found["loss"] = problem.loss(arithmetic, found["loss"])
         return found
 
     def at_words(arithmetic):
-        take, found = taken_in(arithmetic), []
+        take, found, all_dlogits = taken_in(arithmetic), [], []
         some_w, some_b = take(w[words]), take(None if b is None else b[words])
         lse = problem.exact()["lse"]
         for rows in blocks(len(x), _BLOCK // x.shape[1]):
@@ -313,9 +311,12 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
             dlogits = logit_gradient(
                 problem.scales(rows, take), problem.kept[rows], p, target, problem.alpha / len(w)
             )
-            _, dw, db = linear_backward(stored(dlogits), (some_x, some_w.T, b is not None))
-            found.append({"dw": dw.T} | ({} if b is None else {"db": db}))
-        return _added(found)
+            dlogits = stored(dlogits)
+            found.append({"dw": (some_x.T @ dlogits).T})
+            all_dlogits.append({"dlogits": dlogits})
+        if b is None:
+            return _added(found)
+        return _added(found) | {"db": take(_joined(all_dlogits)["dlogits"]).sum(0)}
 
     takes = {"loss": problem.take} | ({} if dys is None else {"dx": Take(problem.rows)})
     parts = [Part(takes, at_rows)]
@@ -399,5 +400,4 @@ def sample_parts(inputs, options, dys, rng):
     def compute(arithmetic):
         return {"token": sample(*wide.values(), **options)[0]}
 
-    where, columns = np.divmod(rows, u.shape[-1])
-    return [Part({"token": Take(where, columns[:, None])}, compute, inputs=wide)]
+    return [Part({"token": _elements(u.shape, rows)}, compute, inputs=wide)]

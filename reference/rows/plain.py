@@ -1,6 +1,7 @@
 """Rows of `linear` and `embedding`."""
 
 from ..oracle.op import Case, Index, Input, Wrong
+from .parts import embedding_parts, linear_parts
 from .row import row
 from .values import repeated_tokens
 
@@ -19,6 +20,7 @@ LINEAR = row(
         Wrong("b_length", "b must have shape", shapes={"b": (16,)}),
     ),
     kernel="plain products belong to cuBLAS",
+    sampled=linear_parts,
 )
 
 EMBEDDING = row(
@@ -44,4 +46,5 @@ EMBEDDING = row(
         ),
     ),
     kernel="not yet: torch's embedding serves the model",
+    sampled=embedding_parts,
 )

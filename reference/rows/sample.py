@@ -6,6 +6,7 @@ import numpy as np
 
 from .._sample import cumulative, distribution
 from ..oracle.op import Case, Input, Wrong
+from .parts import sample_parts
 from .row import row
 from .values import all_negative, constant_rows, outlier_row, spread_by_100, tiny, zeros
 
@@ -190,4 +191,5 @@ SAMPLE = row(
         Wrong("min_p_over_1", "min_p must lie in", options={"min_p": 1.5}),
     ),
     kernel="not yet: gpt samples with torch",
+    sampled=sample_parts,
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Rows of `dropout` and `adamw`."""
 
 from ..oracle.op import Case, Input, Wrong
+from .parts import adamw_parts, dropout_parts
 from .row import row
 from .values import all_negative, offset_64, outlier_row, tiny, zeros
 
@@ -42,6 +43,7 @@ DROPOUT = row(
         Wrong("seed_over_64_bits", "seed must lie in", options={"seed": 2**64}),
     ),
     kernel="not yet: torch's dropout serves the model",
+    sampled=dropout_parts,
 )
 
 
@@ -127,4 +129,5 @@ ADAMW = row(
         Wrong("decay_negative", "weight_decay must be finite", options={"weight_decay": -0.1}),
     ),
     kernel="not yet: torch's AdamW serves the model",
+    sampled=adamw_parts,
 )  # fmt: skip

@@ -42,12 +42,15 @@ def op_of(mutant):
 def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
     """{name: {dtype: [first failing Result of each case and layout]}} of the mutants.
 
-    A mutant is done in a dtype once it has failed there, unless `every` case is asked for. The
-    full cases are for those that the quick ones do not show.
+    A mutant is done in a dtype once it has failed there, unless `every` case is asked for. Those
+    whose values pass are looked at again with what lies behind the values; the full cases are for
+    those that the quick ones do not show.
     """
+    passes = [("quick", False), ("quick", True), ("full", True)]
+    passes = passes[1 if every else 0 : 3 if cases == "full" else 2]
     found = {m.name: {dtype: [] for dtype in m.dtypes} for m in mutants}
-    candidates = {(m.name, dtype): m.candidate() for m in mutants for dtype in m.dtypes}
-    for suite in ("quick", "full") if cases == "full" else ("quick",):
+    for suite, memory in passes:
+        candidates = {(m.name, dtype): m.candidate() for m in mutants for dtype in m.dtypes}
         for op in dict.fromkeys(op_of(m) for m in mutants):
             for number, case in enumerate(op.select(suite) if op else ()):
                 progress(op, case)
@@ -60,8 +63,14 @@ def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
                 alone, layouts = replace(op, cases=(case,)), _layouts(op, number, suite)
                 with _expectations_kept():
                     for m, dtype in left:
-                        candidate, arguments = candidates[m.name, dtype], {"layouts": layouts}
-                        arguments |= m.checks | {"dtypes": (dtype,), "cases": suite}
+                        # what a mutant remembers of other cases would hide which case shows it
+                        candidate = candidates[m.name, dtype] if m.after else m.candidate()
+                        arguments = {"layouts": layouts}
+                        arguments |= m.checks | {
+                            "dtypes": (dtype,),
+                            "cases": suite,
+                            "memory": memory,
+                        }
                         report = check(alone, candidate, **arguments)
                         first = {(r.case, r.layout): r for r in reversed(report.failures)}
                         found[m.name][dtype] += [first[k] for k in reversed(first)]
@@ -133,15 +142,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     mutants = [m for m in bank().values() if not options.only or _named(m, options.only)]
     with Progress(transient=True, console=Console(stderr=True)) as bar:
-        suites = ("quick", "full") if options.cases == "full" else ("quick",)
-        ops = {op_of(m) for m in mutants if op_of(m)}
-        total = sum(len(op.select(suite)) for op in ops for suite in suites)
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=None)
         found = run(
             mutants,
             options.cases,
             options.every,
-            lambda op, case: bar.update(task, advance=1, description=f"{op.name} {case.name}"),
+            lambda op, case: bar.update(task, description=f"{op.name} {case.name}"),
         )
     console = Console()
     console.print(table(mutants, found))

@@ -12,7 +12,8 @@ against one set of exact and legal results. The record holds, for each op, case,
     discrimination      max|want|/budget of the case's best output, the smallest over seeds
 
 and the blamed variants with their ratios. An output that comes in float32 from 16-bit inputs has a
-name of its own. The rate is given in seconds of this process, whatever else runs beside it.
+name of its own; `ops` sums up each op and dtype. The rate is given in seconds of this process,
+whatever else runs beside it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.adapters import TorchAdapter
-from gaugeblock.reference.oracle.check import Expectation
+from gaugeblock.reference.oracle.expectation import Expectation
 from rich.console import Console
 from rich.table import Table
 
@@ -162,28 +163,41 @@ def table(summaries, worst=60):
     return out
 
 
-def totals(summaries):
-    """A row for each op and dtype."""
-    out = Table("op", "dtype", "compared", "blamed", "worst row", "worst rms", "looseness median",
-                "headroom min", "discrimination min")  # fmt: skip
+def by_op(summaries):
+    """What the record says of each op and dtype as a whole."""
     groups = defaultdict(list)
     for key, s in summaries.items():
         op, case, dtype, _ = key.split("/")
         groups[op, dtype].append((case, s))
+    rows = []
     for (op, dtype), found in groups.items():
-        looseness = [s["looseness"] for _, s in found if s["looseness"]]
         best = defaultdict(float)
         for case, s in found:
             best[case] = max(best[case], s["discrimination"] or 0.0)
+        looseness = [s["looseness"] for _, s in found if s["looseness"]]
+        headroom = [s["headroom"] for _, s in found if s["headroom"]]
         best = [d for d in best.values() if d]
-        out.add_row(
-            op, dtype, str(sum(s["compared"] for _, s in found)),
-            str(sum(s["blamed"] for _, s in found)),
-            f"{max(s['row'] for _, s in found):.3g}", f"{max(s['rms'] for _, s in found):.3g}",
-            f"{np.median(looseness):.3g}" if looseness else "-",
-            f"{min(s['headroom'] or np.inf for _, s in found):.3g}",
-            f"{min(best):.3g}" if best else "-",
-        )  # fmt: skip
+        rows.append({
+            "op": op,
+            "dtype": dtype,
+            "compared": sum(s["compared"] for _, s in found),
+            "blamed": sum(s["blamed"] for _, s in found),
+            "row": max(s["row"] for _, s in found),
+            "rms": max(s["rms"] for _, s in found),
+            "looseness": float(np.median(looseness)) if looseness else None,
+            "headroom": min(headroom, default=None),
+            "discrimination": min(best, default=None),
+        })  # fmt: skip
+    return rows
+
+
+def totals(rows):
+    """A table of `by_op`."""
+    out = Table("op", "dtype", "compared", "blamed", "worst row", "worst rms", "looseness median",
+                "headroom min", "discrimination min")  # fmt: skip
+    for row in rows:
+        out.add_row(*("-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+                      for x in row.values()))  # fmt: skip
     return out
 
 
@@ -198,6 +212,7 @@ def main():
     parser.add_argument("--only", default="", help="variants whose name holds this")
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--brief", action="store_true", help="of the outputs, the blamed ones")
     given = parser.parse_args()
     torch.set_num_threads(1)
     covered = [op for op in CATALOG if any(v.op == op for v in legal.VARIANTS)]
@@ -212,7 +227,8 @@ def main():
     compared = sum(s["compared"] for s in summaries.values())
     blamed = sum(s["blamed"] for s in summaries.values())
     console = Console(width=160)
-    console.print(table(summaries), totals(summaries))
+    rows = by_op(summaries)
+    console.print(table(summaries), totals(rows))
     for op, case, dtype, variant, hint in broken[:20]:
         console.print(f"could not run {variant} on {op} {case} {dtype}: {hint}", markup=False)
     console.print(
@@ -222,10 +238,12 @@ def main():
     above = {x: sum(s["above"][x] for s in summaries.values()) for x in map(str, _LEVELS)}
     console.print("error/budget above " + ", ".join(f"{x}: {n}" for x, n in above.items()))
     if given.out:
+        if given.brief:
+            summaries = {key: s for key, s in summaries.items() if s["blamed"]}
         record = {
             "compared": compared, "blamed": blamed, "above": above, "seconds": seconds,
             "broken": broken, "seeds": given.seeds, "variants": len(legal.VARIANTS),
-            "outputs": summaries,
+            "ops": rows, "outputs": summaries,
         }  # fmt: skip
         given.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -26,6 +26,7 @@ class Mutant:
     dtypes: where it is wrong by more than legal rounding.
     checks: further arguments of `check` that it takes to see it.
     cheat:  an answer that does not come from computing the op.
+    after:  what it does depends on the case before, which has to be run as well.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Mutant:
     dtypes: tuple = DTYPES
     checks: dict = field(default_factory=dict)
     cheat: bool = False
+    after: bool = False
 
     def candidate(self):
         """The function to check, without memory of earlier checks."""
@@ -45,7 +47,7 @@ class Mutant:
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(*ops, bug, seen, dtypes=DTYPES, checks=None, cheat=False):
+def mutant(*ops, bug, seen, dtypes=DTYPES, checks=None, cheat=False, after=False):
     """Register a function, or a class whose instances are called, for each of the ops."""
 
     def register(fn):
@@ -55,7 +57,7 @@ def mutant(*ops, bug, seen, dtypes=DTYPES, checks=None, cheat=False):
             name = f"{getattr(op, 'name', op)}/{own}"
             if name in MUTANTS:
                 raise ValueError(f"mutant: names must be unique, got {name} twice")
-            MUTANTS[name] = Mutant(name, op, fn, bug, seen, dtypes, checks or {}, cheat)
+            MUTANTS[name] = Mutant(name, op, fn, bug, seen, dtypes, checks or {}, cheat, after)
         return fn
 
     return register

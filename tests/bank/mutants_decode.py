@@ -66,6 +66,7 @@ class CacheOneLate(PagedAttention):
     "paged_attention",
     bug="stale cache position after a reset",
     seen="shorter lengths after longer ones",
+    after=True,
 )
 class StalePosition(PagedAttention):
     """Positions only ever rise, as those of a counter that nobody resets."""
