@@ -146,17 +146,14 @@ _KNOWN = {"read": "the cause is read in its source", "tried": "reproduced withou
 
 def _findings(record):
     text = ""
-    for place, f in enumerate(record["findings"], 1):
+    for f in record["findings"]:
         entries = [e for e in record["peers"] if e["candidate"] == f["candidate"]]
-        package = entries[0]["package"]
+        package = f"{entries[0]['package']} {record['versions'][entries[0]['package']]}"
         seen = {e["dtype"]: _explained(e, f["number"]) for e in entries}
-        known = "; ".join(filter(None, [
-            ", ".join(f"{dtype} {_cases(cases)}" for dtype, cases in seen.items() if cases),
-            _KNOWN[f["known"]],
-            f["upstream"] and "[upstream]({})".format(f["upstream"]),
-        ]))  # fmt: skip
-        text += f"{place}. **{package} {record['versions'][package]}.** {f['what']} ({known})\n\n"
-        text += f"   ```sh\n   {f['command']}\n   ```\n\n"
+        said = [f"{dtype}: {_cases(cases)}" for dtype, cases in seen.items() if cases]
+        said += [_KNOWN[f["known"]], *([f"[upstream]({f['upstream']})"] if f["upstream"] else [])]
+        text += f"- **{package}, {f['sort']}.** {f['what']} ({'; '.join(said)})\n\n"
+        text += f"  ```sh\n  {f['command']}\n  ```\n\n"
     unknown = [
         f"- `{e['candidate']}` {e['dtype']}: {', '.join(cases)}\n"
         for e in record["peers"]
@@ -174,7 +171,7 @@ def _explained(entry, number):
 
 def _cases(cases):
     worst = max(cases.values())
-    share = f", worst {worst:.3g}× the budget" if worst < float("inf") else ""
+    share = f", up to {worst:.3g}× the budget" if worst < 1e6 else ""
     return f"{len(cases)} {'case' if len(cases) == 1 else 'cases'}{share}"
 
 

@@ -62,6 +62,7 @@ class Peer:
 class Finding:
     """What is known about failures of a candidate.
 
+    sort:     "defect", "other meaning" than the catalog's, or "less precise" than it asks.
     cases:    those it explains; all that no finding before it explains where there are none.
     layout:   the layout it needs, where it needs one.
     known:    how the cause is known: "read" in the source, "tried" without the oracle, "inferred".
@@ -69,6 +70,7 @@ class Finding:
     """
 
     candidate: str
+    sort: str
     what: str
     cases: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ALL
@@ -115,21 +117,30 @@ _LEAKS = "NaN in a value that the mask hides reaches the result: its weight is 0
 FINDINGS = (
     Finding(
         SDPA,
+        "defect",
         "On a CPU `is_causal=True` with a `scale` of 0 or below gives NaN. The math backend is "
         "right, and so is the same mask given as `attn_mask`. Probably −∞ is written into the "
         "scores before they are multiplied by the scale.",
         ("scale_negative", "scale_zero_causal"),
     ),
-    Finding(SDPA, _LEAKS, _HIDDEN, upstream="https://github.com/pytorch/pytorch/issues/101967"),
+    Finding(
+        SDPA,
+        "other meaning",
+        _LEAKS,
+        _HIDDEN,
+        upstream="https://github.com/pytorch/pytorch/issues/101967",
+    ),
     Finding(
         EAGER,
+        "other meaning",
         "A query that sees no key gets the mean of all values, not 0: the mask adds the dtype's "
-        "lowest finite value, and adding it to every score of a row changes nothing.",
+        "lowest finite value, which leaves all scores of such a row equal.",
         ("unseeing_queries",),
     ),
-    Finding(EAGER, _LEAKS, _HIDDEN),
+    Finding(EAGER, "other meaning", _LEAKS, _HIDDEN),
     Finding(
         EAGER,
+        "less precise",
         "Scores are kept in 16 bits between the product and the softmax, which costs digits where "
         "they are large.",
         dtypes=NARROW,
@@ -137,36 +148,39 @@ FINDINGS = (
     ),
     Finding(
         JAX,
+        "other meaning",
         "A query that sees no key gets the mean of all values, not 0: hidden scores are a large "
         "negative number.",
         ("unseeing_queries",),
     ),
-    Finding(JAX, _LEAKS, _HIDDEN),
+    Finding(JAX, "other meaning", _LEAKS, _HIDDEN),
     Finding(
         ONNX,
+        "other meaning",
         "A negative scale gives NaN: the evaluator multiplies q and k by its square root, as the "
         "specification recommends.",
         ("scale_negative",),
-        known="read",
         upstream="https://github.com/onnx/onnx/issues/6984",
     ),
-    Finding(ONNX, _LEAKS, _HIDDEN),
+    Finding(ONNX, "other meaning", _LEAKS, _HIDDEN),
     Finding(
         ONNX,
+        "less precise",
         "All arithmetic, sums included, is in 16 bits.",
         dtypes=NARROW,
         known="read",
     ),
     Finding(
         ONNX_NORM,
-        "`stash_type=1`, statistics in float32, is ignored: they are in 16 bits. Mended upstream "
-        "after this release.",
+        "defect",
+        "`stash_type=1`, statistics in float32, is ignored: they are in 16 bits. Mended upstream, "
+        "not in this release.",
         dtypes=NARROW,
-        known="read",
         upstream="https://github.com/onnx/onnx/pull/8439",
     ),
     Finding(
         LIGER_LOSS,
+        "other meaning",
         "Where every target is ignored the mean is 0; torch, and with it the catalog, says NaN.",
         ("all_ignored_mean",),
         dtypes=_INTERPRETED,
@@ -174,6 +188,7 @@ FINDINGS = (
     ),
     Finding(
         LIGER_LOSS,
+        "other meaning",
         "It takes logits of rank 2 alone.",
         ("rank_three",),
         dtypes=_INTERPRETED,
@@ -181,20 +196,20 @@ FINDINGS = (
     ),
     Finding(
         LIGER_LOSS,
+        "defect",
         "Where the logits' last stride is not 1 their gradient is the logits themselves. The "
         "forward pass makes them contiguous, the copy has no `requires_grad`, and so the kernel "
         "writes no gradient over it.",
         dtypes=_INTERPRETED,
         layout="transposed",
-        known="read",
     ),
     Finding(
         LIGER_ROPE,
+        "defect",
         "Where the heads lie innermost its backward pass turns the output's gradient in place: "
         "whoever else holds that gradient finds it changed.",
         dtypes=_INTERPRETED,
         layout="transposed",
-        known="read",
     ),
 )
 

@@ -105,8 +105,7 @@ def attend(q, k, v, visible, keep, scale):
     repeats = q.shape[1] // k.shape[1]
     sees, seen = visible.any(-1, keepdims=True), visible.any(-2)[..., None]
     q = np.where(sees, q, 0.0)
-    k = np.repeat(np.where(seen, k, 0.0), repeats, axis=1)
-    v = np.repeat(np.where(seen, v, 0.0), repeats, axis=1)
+    k, v = (_for_heads(x, seen, repeats) for x in (k, v))
 
     with np.errstate(divide="ignore", invalid="ignore"):
         s = _scores(q, k, visible, scale)
@@ -160,8 +159,7 @@ def key_gradients(do, q, k, v, lse, delta, visible, keep, scale):
     """
     Hkv, repeats = k.shape[1], q.shape[1] // k.shape[1]
     seen = visible.any(-2)[..., None]
-    k = np.repeat(np.where(seen, k, 0.0), repeats, axis=1)
-    v = np.repeat(np.where(seen, v, 0.0), repeats, axis=1)
+    k, v = (_for_heads(x, seen, repeats) for x in (k, v))
     p = _weights(q, k, lse, visible, scale)
     dv = _value_gradient(p, keep, do)
     ds = _score_gradient(p, do, v, keep, lambda dp: delta)
@@ -185,6 +183,12 @@ def _weights(q, k, lse, visible, scale):
 def _scores(q, k, visible, scale):
     """scale·q kᵀ where visible, else −∞."""
     return np.where(visible, rescaled(scale * (q @ k.swapaxes(-1, -2))), -np.inf)
+
+
+def _for_heads(k, seen, repeats):
+    """k of every query head, with 0 in place of what no query sees."""
+    k = k if seen.all() else np.where(seen, k, 0.0)
+    return k if repeats == 1 else np.repeat(k, repeats, axis=1)
 
 
 def _over_groups(dk, Hkv):

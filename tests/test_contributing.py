@@ -38,8 +38,8 @@ def test_the_new_op_passes_every_test(copy):
               "--ignore=tests/test_contributing.py", "-k", "rms_norm or test_rooms")  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-3000:]
     passed = int(re.search(r"(\d+) passed", ran.stdout)[1])
-    # 5 cases × 3 dtypes × 6 layouts × 2 implementations, and the tests of every op
-    assert passed > 180 + 50
+    # 5 cases × 3 dtypes × 2 layouts × 2 implementations, and the tests of every op
+    assert passed > 60 + 50
 
 
 def test_the_new_op_compiles_and_is_timed(copy):

@@ -38,7 +38,7 @@ class Answer:
 class Take:
     """Elements of a tensor, seen as rows along its last axis; a scalar is one row of one.
 
-    rows:    which rows, counted in C order.
+    rows:    which rows, counted in C order; or (rows, 1 or n), the row of each element.
     columns: which of their elements, the same for all rows or (rows, n); all for None.
     """
 
@@ -51,8 +51,9 @@ class Take:
             return ()
         columns = np.arange(shape[-1]) if self.columns is None else self.columns
         columns = np.broadcast_to(columns, (len(self.rows), columns.shape[-1]))
-        leading = np.unravel_index(self.rows, shape[:-1]) if len(shape) > 1 else ()
-        return (*(axis[:, None] for axis in leading), columns)
+        rows = self.rows if self.rows.ndim > 1 else self.rows[:, None]
+        leading = np.unravel_index(rows, shape[:-1]) if len(shape) > 1 else ()
+        return (*leading, columns)
 
 
 class WrongForm(Exception):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import tempfile
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from .._rounding import Rounded
 from .adapters import Answer, TorchAdapter, WrongForm
 from .budget import legal_arithmetics, precision
 from .check import name_of, time_limit
-from .expectation import Expectation
+from .expectation import Content, Expectation
 from .op import Case, Index, Input, Op
 from .result import Report
 
@@ -98,7 +98,13 @@ def check_model(
     for p in precisions:
         for case in cases:
             if case in MODEL.cases:
-                expectation = _Expectation(MODEL, case, p.name, seed, backward)
+                jumps = backward and p.name != "float32" and "relu" in case.settings.values()
+                if jumps:
+                    report.not_checked.append(
+                        f"{case.name}: gradients in {p.name}, roundings move values past 0, where "
+                        "the slope jumps"
+                    )
+                expectation = _Expectation(MODEL, case, p.name, seed, backward and not jumps)
                 report.results += expectation.judge(_Adapter(torch, _Evaluation), load)
             elif p.storage == np.float32:
                 expectation = _TrainingExpectation(training, case, p.name, seed, False)
@@ -235,7 +241,8 @@ MODEL = Op(
         _case("plain", **_DROPOUT),
         _case("small_weights", scale=0.02),
         _case("gelu", activation_function="gelu"),
-        _case("relu", activation_function="relu"),
+        # few values near 0, where a rounding changes the slope
+        _case("relu", activation_function="relu", T=5, F=16),
         _case("untied", tie_word_embeddings=False),
         _case("unscaled", scale=0.1, scale_attn_weights=False),
         _case("scaled_by_layer", scale_attn_by_inverse_layer_idx=True),
@@ -261,16 +268,21 @@ def _training(steps):
     )
 
 
+class _Content(Content):
+    @cached_property
+    def legal(self):
+        runs = _legal_arithmetics(self.expectation.precision)[: self.expectation.runs]
+        return [self._legal(arithmetic) for arithmetic in runs]
+
+
 class _Expectation(Expectation):
-    """The budgets of a model, from the legal runs of one."""
+    """What a model must give; its budgets come from `runs` legal runs, all where None."""
 
     runs: int | None = None
 
     def _drawn(self, layout, draw):
         content = super()._drawn(layout, draw)
-        runs = _legal_arithmetics(self.precision)[: self.runs]
-        content.legal = [content._legal(arithmetic) for arithmetic in runs]
-        return content
+        return _Content(self, content.inputs, content.wide, content.dys)
 
 
 class _TrainingExpectation(_Expectation):

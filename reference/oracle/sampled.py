@@ -25,6 +25,7 @@ from .expectation import Bound, Expectation, _repeated
 from .explain import explain
 from .result import Result
 
+ALL_RUNS = 32
 _TILES = (64, 128)
 # values are drawn up to here and then repeat; a prime, so that no two rows or columns are alike
 _PERIOD = 1_048_573
@@ -41,12 +42,15 @@ class Part:
     compute: compute(arithmetic) -> {the same names: their values}; float64 for None.
     inputs:  {input: values} that `Op.accepts` judges them by.
     infinite: tensors whose other elements need not be finite.
+    runs:    legal computations that the budget comes from. An element's luck counts less where
+             there are many; parts that cost little take all.
     """
 
     takes: dict
     compute: Callable
     inputs: dict = field(default_factory=dict)
     infinite: tuple = ()
+    runs: int = 8
 
 
 def spread(n, count, rng, always=()):
@@ -104,7 +108,7 @@ class SampledContent:
 
     @cached_property
     def exact(self):
-        values = self._computed(None)
+        values = self._computed(None, self.parts)
         return tuple(
             [values[name] for name in self.names(part)] if part == 0 or self.dys else []
             for part in (0, 1)
@@ -112,14 +116,17 @@ class SampledContent:
 
     @cached_property
     def legal(self):
-        return [self._computed(arithmetic) for arithmetic in self.expectation.arithmetics()]
+        return [
+            self._computed(arithmetic, [p for p in self.parts if p.runs > number])
+            for number, arithmetic in enumerate(self.expectation.arithmetics())
+        ]
 
     def bound(self, part, i, dtype):
         """What the elements must be and how far off they may be."""
         name = self.names(part)[i]
         if (name, dtype) not in self._bounds:
             want = self.exact[part][i]
-            legal = [run[name] for run in self.legal]
+            legal = [run[name] for run in self.legal if name in run]
             skip = np.zeros(want.shape, bool)
             self._bounds[name, dtype] = Bound(want, skip, legal, DTYPES[dtype])
         return self._bounds[name, dtype]
@@ -127,15 +134,18 @@ class SampledContent:
     def take(self, name):
         """All elements of a tensor that are compared."""
         takes = [p.takes[name] for p in self.parts if name in p.takes]
+        if len(takes) == 1:
+            return takes[0]
         rows = np.concatenate([take.rows for take in takes])
         if any(take.columns is None for take in takes):
             return Take(rows)
         wide = [np.broadcast_to(t.columns, (len(t.rows), t.columns.shape[-1])) for t in takes]
         return Take(rows, np.concatenate(wide))
 
-    def _computed(self, arithmetic):
+    @staticmethod
+    def _computed(arithmetic, parts):
         found = {}
-        for part in self.parts:
+        for part in parts:
             for name, values in part.compute(arithmetic).items():
                 rows = np.asarray(values).reshape(len(part.takes[name].rows), -1)
                 found.setdefault(name, []).append(rows)
@@ -146,8 +156,10 @@ class Sampled(Expectation):
     """`Expectation` of which parts are compared."""
 
     def arithmetics(self):
-        """Some of the legal computations: an element's luck counts less where rows are many."""
-        return legal_arithmetics(self.precision)[:24:3]
+        """The legal computations; the first few hold serial and pairwise sums, of every kind."""
+        runs = legal_arithmetics(self.precision)
+        few = range(0, 24, 3)
+        return [*(runs[i] for i in few), *(r for i, r in enumerate(runs) if i not in few)]
 
     def _drawn(self, layout, draw):
         op, dims = self.op, self.op.dims(self.case)
@@ -242,7 +254,7 @@ class Sampled(Expectation):
     def _choice(self, where, content, answer, want):
         if not answer.dtype.startswith(("int", "uint")):
             return Result(*where, False, "dtype", hint=f"must be integers, is {answer.dtype}")
-        runs = [arithmetic.array for arithmetic in self.arithmetics()]
+        runs = [a.array for a in self.arithmetics()[: content.parts[0].runs]]
         ends = np.cumsum([p.takes[where[-1]].columns.size for p in content.parts])[:-1]
         chosen = zip(np.split(answer.values.ravel(), ends), content.parts)
         right = [self.op.accepts(values, p.inputs, self.options, runs) for values, p in chosen]

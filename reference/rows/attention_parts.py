@@ -24,7 +24,7 @@ _GROUPS = 8
 # the exact pass over all queries of a group costs so many multiplications at most, or one group
 _PRODUCTS = 2**35
 # scores in memory at once: exact ones, and those of legal runs, which stay in a cache
-_SCORES, _LEGAL_SCORES = 2**20, 2**19
+_SCORES, _LEGAL_SCORES = 2**19, 2**19
 _MASKS = ("causal", "align", "window", "global_tokens", "cu_seqlens")
 
 

@@ -20,7 +20,7 @@ from .._residual_layer_norm import residual_layer_norm, residual_layer_norm_back
 from .._rounding import stored
 from .._sample import sample
 from ..oracle.adapters import Take
-from ..oracle.sampled import Part, blocks, spread, taken_in
+from ..oracle.sampled import ALL_RUNS, Part, blocks, spread, taken_in
 
 _ROWS, _COLUMNS = 256, 128
 # values of the compared rows together, and values in memory at once
@@ -37,11 +37,9 @@ def _some_rows(n, width, rng):
 
 
 def _elements(shape, chosen):
-    """Some elements of a tensor, counted in C order."""
-    if len(shape) == 1:
-        return Take(np.array([0]), chosen)
+    """Some elements of a tensor, counted in C order, as one row."""
     rows, columns = np.divmod(chosen, shape[-1])
-    return Take(rows, columns[:, None])
+    return Take(rows[None], columns[None])
 
 
 def _joined(found):
@@ -350,9 +348,9 @@ def embedding_parts(inputs, options, dys, rng):
             _, cache = embedding(order[index[used]], take(table[chosen]))
             return {name: embedding_backward(take(_flat(dys["y"])[used]), cache)[0]}
 
-        return Part({name: Take(chosen)}, compute)
+        return Part({name: Take(chosen)}, compute, runs=ALL_RUNS)
 
-    parts = [Part({"y": Take(rows)}, at_rows)]
+    parts = [Part({"y": Take(rows)}, at_rows, runs=ALL_RUNS)]
     if dys is not None:
         some = spread(len(wte), _ROWS, rng, flat[: _ROWS // 4])
         parts.append(summed("dwte", wte, flat, some))
@@ -375,7 +373,7 @@ def dropout_parts(inputs, options, dys, rng):
         return {"y": y, "dx": dropout_backward(take(_flat(dys["y"])[rows]), cache)[0]}
 
     names = ("y",) if dys is None else ("y", "dx")
-    return [Part(dict.fromkeys(names, Take(rows)), compute)]
+    return [Part(dict.fromkeys(names, Take(rows)), compute, runs=ALL_RUNS)]
 
 
 def adamw_parts(inputs, options, dys, rng):
@@ -388,7 +386,7 @@ def adamw_parts(inputs, options, dys, rng):
         (p, m, v), _ = adamw(*(take(x[rows]) for x in state), **options)
         return {"p": p, "m": m, "v": v}
 
-    return [Part(dict.fromkeys(("p", "m", "v"), Take(rows)), compute)]
+    return [Part(dict.fromkeys(("p", "m", "v"), Take(rows)), compute, runs=ALL_RUNS)]
 
 
 def sample_parts(inputs, options, dys, rng):

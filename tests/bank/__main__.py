@@ -30,7 +30,6 @@ from .bugs import BUGS
 from .mutants import bank
 
 RECORD = Path(__file__).parent / "mutants.json"
-# those that `check` takes turn about; broadcast_grad where there are gradients
 _COVERED = ("transposed", "sliced", "expanded", "offset", "broadcast_grad")
 
 
@@ -78,14 +77,17 @@ def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
 
 
 def _layouts(op, number, cases):
-    covered = _COVERED if op.differentiable() else _COVERED[:-1]
+    """As `check` chooses them."""
+    covered = [x for x in _COVERED if x != "broadcast_grad" or op.differentiable()]
+    if op.updates:
+        covered.remove("expanded")
     return ("contiguous", *(covered if cases == "full" else [covered[number % len(covered)]]))
 
 
 def _expectations_kept():
     """While it lasts, exact and legal results are computed once for all mutants."""
     module = import_module("gaugeblock.reference.oracle.check")
-    return patch.object(module, "Expectation", lru_cache(None)(module.Expectation))
+    return patch.object(module, "expectation_of", lru_cache(None)(module.expectation_of))
 
 
 def record(mutants, found):
