@@ -23,7 +23,9 @@ def check(
         ["float32"], help="float32, tf32, float16, bfloat16, e4m3, e5m2; give it again for more."
     ),
     device: str = typer.Option("cpu", help="Where the tensors lie: cpu, cuda, …"),
-    cases: str = typer.Option("quick", help="quick or full."),
+    cases: str = typer.Option(
+        "quick", help="quick, full, or bench: the shapes that are timed, some of each result."
+    ),
     expression: str = typer.Option(
         None, "-k", help='Cases by tag, name or option: "causal and not window".'
     ),
@@ -94,9 +96,10 @@ def check(
 
 def _check_op(op, candidate, settings, repro):
     from .oracle.repro import write_repro
-    from .oracle.worker import check_apart, load
+    from .oracle.worker import check_apart, load, search_working_folder
 
     report = check_apart(op, candidate, **settings)
+    search_working_folder()
     if repro and settings["framework"] in ("torch", "numpy"):
         row = load(op, "op") if ":" in op else find(op)
         seen = set()

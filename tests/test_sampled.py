@@ -126,7 +126,7 @@ def test_values_are_those_of_the_whole(op, case):
 @pytest.mark.parametrize(("op", "case"), [p for p in POINTS if p.values[0] != "sample"])
 def test_budgets_are_those_of_the_whole(op, case, dtype):
     part, whole = both(CATALOG[op], case, dtype)
-    for name, p, i, take, got, want in compared(part, whole):
+    for name, p, i, take, got, _ in compared(part, whole):
         mine, all_of_it = (c.bound(p, i, dtype).budget for c in (part, whole))
         rows = all_of_it.rows[take.of(all_of_it.rows.shape)].reshape(got.shape)
         # the budget of a single row is a single draw

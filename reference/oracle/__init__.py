@@ -1,6 +1,6 @@
 """The oracle: is this kernel right? Budgets are derived, never set by hand."""
 
-from .._rounding import refinement, rescaled, stored
+from .._rounding import otherwise, refinement, rescaled, stored
 from .check import check
 from .model import check_model
 from .op import Case, Index, Input, Op, Wrong
@@ -16,6 +16,7 @@ __all__ = [
     "Wrong",
     "check",
     "check_model",
+    "otherwise",
     "refinement",
     "rescaled",
     "stored",

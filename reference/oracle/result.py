@@ -186,6 +186,9 @@ def describe(r):
     place = f"{r.op} {r.case} {r.dtype} {r.layout}: {r.output}"
     if r.error is None:
         return f"{place} {r.hint}"
+    if r.kind == "nonfinite":
+        text = f"{place}{list(r.index)} is {r.got:.9g}, must be {r.want:.9g}"
+        return f"{text}; {r.hint}" if r.hint else text
     hint = f"; {r.hint}" if r.hint else ""
     if r.kind == "rms":
         text = f"{place} has RMS error {r.rms_error:.3g}, budget {r.rms_budget:.3g}"

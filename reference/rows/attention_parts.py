@@ -105,7 +105,7 @@ class _Problem:
 
     def key_part(self, group, keys):
         """dk and dv of some keys of one key head."""
-        b, heads, h = self._heads(group)
+        b, _, h = self._heads(group)
         rows = _rows(np.array([b * self.Hkv + h]), keys, self.Tk)
         statistics = []
 
@@ -144,7 +144,7 @@ class _Problem:
                     q, k[None, None, keys], v[None, None, keys], visible[..., keys], keep,
                     self.scale,
                 )  # fmt: skip
-                do, dlse = self._gradients(b, heads[i : i + 1], some, taken_in(None))
+                do, _ = self._gradients(b, heads[i : i + 1], some, taken_in(None))
                 do = np.where(visible.any(-1)[..., None], do, 0.0)
                 o[i, some], lse[i, some] = found[0, 0], found_lse[0, 0]
                 delta[i, some] = (do * found).sum(-1)[0, 0]

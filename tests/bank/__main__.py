@@ -29,7 +29,7 @@ from rich.table import Table
 from .bugs import BUGS
 from .mutants import bank
 
-RECORD = Path(__file__).parent / "mutants.json"
+RECORD = Path(__file__).parents[2] / "docs" / "oracle" / "mutants.json"
 _COVERED = ("transposed", "sliced", "expanded", "offset", "broadcast_grad")
 
 

@@ -21,9 +21,6 @@ import torch
 LOG2E = math.log2(math.e)
 
 
-# ------------------------------------------------------------------------------------------ tools
-
-
 class _Explicit(torch.autograd.Function):
     """A model's own forward and backward."""
 
@@ -111,9 +108,6 @@ def keep_mask(shape, p, seed):
 
     index = np.arange(math.prod(shape)).reshape(shape)
     return torch.from_numpy(np.asarray(keep_mask(index, p, seed)))
-
-
-# -------------------------------------------------------------------------------------- attention
 
 
 @dataclass
@@ -408,9 +402,6 @@ class PagedAttention(Attention):
         return torch.zeros(shape).index_add_(0, table.flatten(), rows)
 
 
-# ------------------------------------------------------------------------------------------ norms
-
-
 @dataclass
 class LayerNorm(Model):
     """Layer normalisation over the last axis.
@@ -543,9 +534,6 @@ class ResidualLayerNorm(LayerNorm):
         return dx, dx.clone(), dw.to(storage), db.to(storage)
 
 
-# -------------------------------------------------------------------------------------------- ffn
-
-
 @dataclass
 class FFN(Model):
     """y = f(x w1 + b1) w2 + b2.
@@ -651,9 +639,6 @@ class FFN(Model):
         for c in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
             series = (series + c) * t
         return 0.5 * (1 + torch.copysign(1 - series * torch.exp(-x * x), x))
-
-
-# ------------------------------------------------------------------------------------------- loss
 
 
 @dataclass
@@ -806,9 +791,6 @@ class LinearCrossEntropy(CrossEntropy):
             dw = dw + d.mT @ x[rows]
         db = None if b is None else db.to(storage)
         return dx.to(storage).reshape(shape), dw.to(storage), db
-
-
-# ----------------------------------------------------------------------------------- linear, rest
 
 
 @dataclass

@@ -18,9 +18,6 @@ class Attention(models.Attention):
     block_n: int | None = 16
 
 
-# ---------------------------------------------------------------------------------- who sees whom
-
-
 @mutant("attention", bug="causal mask aligned top left where Tq ≠ Tk", seen="causal, Tq ≠ Tk")
 class TopLeft(Attention):
     def visible(self, Tq, Tk, causal, align, *rest):
@@ -169,9 +166,6 @@ class KeyTailUnmasked(Attention):
         return dq, dk[:, :, :T], dv[:, :, :T]
 
 
-# ------------------------------------------------------------------------------ NaN, and no keys
-
-
 @mutant("attention", bug="a row that sees nothing gives NaN", seen="causal, Tq > Tk; length 0")
 class UnseeingRowsNaN(Attention):
     def normalise(self, acc, m_i, l_i):
@@ -229,9 +223,6 @@ class HiddenQueriesLeak(Attention):
 class NanSwallowed(Attention):
     def scores(self, q, k, visible, scale):
         return super().scores(q, k, visible, scale).fmax(torch.tensor(-torch.inf))
-
-
-# ------------------------------------------------------------------------- softmax, tile by tile
 
 
 class Walk(Attention):
@@ -417,9 +408,6 @@ class WrongOverManyKeys(Attention):
         return super().forward(q, k, *rest, **options)
 
 
-# --------------------------------------------------------------------------------------- precision
-
-
 @mutant(
     "attention",
     bug="scores in bf16",
@@ -449,9 +437,6 @@ class CoarseExp(Attention):
         x = x * LOG2E
         n = x.floor()
         return torch.where(x > -126, torch.exp2(n) * (1 + x - n), 0.0)
-
-
-# ------------------------------------------------------------------------------------ heads, lse
 
 
 @mutant("attention", bug="query head h reads key head h mod Hkv", seen="grouped heads")
@@ -488,9 +473,6 @@ class LseSavedInLog2(Attention):
 class LseGradientLost(Attention):
     def backward(self, do, dlse, saved):
         return super().backward(do, None, saved)
-
-
-# ---------------------------------------------------------------------------------------- backward
 
 
 @mutant("attention", bug="delta left out of dS", seen="any backward")
@@ -540,9 +522,6 @@ class DiagonalTileSkipped(Attention):
         hidden = visible & ~(same & ~visible.all(-1, keepdim=True))
         _, dk, _ = super().backward(do, dlse, (*saved[:5], hidden, *saved[6:]))
         return dq, dk, dv
-
-
-# ----------------------------------------------------------------------------------------- dropout
 
 
 @mutant(

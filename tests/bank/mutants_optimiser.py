@@ -164,9 +164,6 @@ class WrongPastATile(AdamW):
         return new, m, v
 
 
-# ------------------------------------------------------------------------------------------ sample
-
-
 @mutant("sample", bug="temperature ignored", seen="a temperature")
 class TemperatureIgnored(Sample):
     def weights(self, x, temperature):
