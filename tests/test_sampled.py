@@ -11,9 +11,11 @@ from gaugeblock.kernels import eager
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Case, Op, check
 from gaugeblock.reference.oracle import sampled as module
-from gaugeblock.reference.oracle.adapters import Take, TorchAdapter
+from gaugeblock.reference.oracle.adapters import Take, TorchAdapter, adapter
+from gaugeblock.reference.oracle.budget import budget
 from gaugeblock.reference.oracle.expectation import Content, Expectation
 from gaugeblock.reference.oracle.sampled import Sampled, expectation_of, spread
+from gaugeblock.reference.rows.values import offset_64
 
 from gaugeblock import reference
 
@@ -29,13 +31,13 @@ def _values(op, name):
 # larger than what is compared of them
 CASES = {
     "layer_norm": [Case("rows", M=700, N=200, tags=("bench",))],
-    "residual_layer_norm": [Case("rows", M=600, N=200, tags=("bench",))],
+    "residual_layer_norm": [Case("rows", M=400, N=150, tags=("bench",))],
     "linear": [Case("rows", M=500, K=70, N=300, tags=("bench",))],
     "embedding": [Case("tokens", B=4, T=100, V=700, P=300, C=24, tags=("bench",))],
     "dropout": [Case("rows", M=900, N=40, p=0.3, seed=-5, tags=("bench",))],
     "adamw": [Case("rows", M=900, N=40, values=_values("adamw", "odd"), tags=("bench",), **_ADAMW)],
     "ffn": [
-        Case("rows", M=500, C=150, F=200, tags=("bench",)),
+        Case("rows", M=300, C=150, F=160, tags=("bench",)),
         Case("relu_rank_three", B=3, T=130, C=20, F=140, activation="relu", tags=("bench",),
              shapes={"x": "B T C", "y": "B T C"}),
     ],
@@ -58,7 +60,11 @@ CASES = {
         Case("rows", B=11, H=4, Hkv=2, Tq=2, D=8, page=16, pages=5, P=60, tags=("bench",),
              window=30, values=_values("paged_attention", "grouped_heads")),
     ],
-    "attention": [Case("causal", B=1, H=1, Tq=330, Tk=330, D=32, causal=True, tags=("bench",))],
+    "attention": [
+        Case("causal", B=1, H=1, Tq=330, Tk=330, D=32, causal=True, tags=("bench",)),
+        # dp and delta cancel: the rounding of o before delta shows
+        Case("offset", B=1, H=1, Tq=330, Tk=330, D=32, tags=("bench",), values={"v": offset_64}),
+    ],
 }  # fmt: skip
 POINTS = [pytest.param(op, c, id=f"{op}-{c.name}") for op, cases in CASES.items() for c in cases]
 
@@ -126,14 +132,14 @@ def test_values_are_those_of_the_whole(op, case):
 @pytest.mark.parametrize(("op", "case"), [p for p in POINTS if p.values[0] != "sample"])
 def test_budgets_are_those_of_the_whole(op, case, dtype):
     part, whole = both(CATALOG[op], case, dtype)
-    for name, p, i, take, got, _ in compared(part, whole):
+    for name, p, i, take, got, want in compared(part, whole):
         mine, all_of_it = (c.bound(p, i, dtype).budget for c in (part, whole))
-        rows = all_of_it.rows[take.of(all_of_it.rows.shape)].reshape(got.shape)
-        # the budget of a single row is a single draw
-        factor = 1.5 if len(got) > 1 else 2.0
-        ratio = np.median(mine.rows / rows)
-        assert 1 / factor < ratio < factor, (name, ratio)
-        assert 1 / factor < mine.rms / all_of_it.rms < factor, (name, mine.rms / all_of_it.rms)
+        index = take.of(all_of_it.rows.shape)
+        ratio = np.median(mine.rows / all_of_it.rows[index].reshape(got.shape))
+        assert 1 / 1.5 < ratio < 1.5, (name, ratio)
+        legal = [np.asarray(run[p][i])[index].reshape(got.shape) for run in whole.legal]
+        rms = budget(want.reshape(got.shape), legal, module.DTYPES[dtype]).rms
+        assert 1 / 1.5 < mine.rms / rms < 1.5, (name, mine.rms / rms)
 
 
 def _right(op, dtype):
@@ -165,14 +171,11 @@ def _right(op, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "case"), POINTS)
 def test_right_answers_pass_and_one_wrong_value_does_not(op, case, dtype):
-    row = replace(CATALOG[op], cases=(case,))
-    fn, backward = _right(op, dtype)
-    settings = dict(cases="bench", dtypes=(dtype,), framework="numpy")
-    report = check(row, fn, backward=backward, **settings)
-    assert report.passed, report.failures
-    tensors = {r.output for r in report.results}
-    part = Sampled(row, case, dtype).content()
-    assert tensors == {*part.names(0), *(part.names(1) if backward else ())}
+    expectation = Sampled(CATALOG[op], case, dtype)
+    part, (fn, backward) = expectation.content(), _right(op, dtype)
+    results = expectation.judge(adapter("numpy", backward=backward), fn)
+    assert [r for r in results if not r.passed] == []
+    assert [r.output for r in results] == [*part.names(0), *(part.names(1) if backward else ())]
 
     def damaged(i, call, *arrays, **options):
         """The last value that is compared is off by its own size, or a token is another."""
@@ -181,19 +184,27 @@ def test_right_answers_pass_and_one_wrong_value_does_not(op, case, dtype):
         ys[i][place] = ys[i][place] + 1 if ys[i].dtype.kind in "iu" else 3 * ys[i][place] + 1
         return tuple(ys)
 
+    outputs = fn(*part.inputs.values(), **expectation.options)
     for p, call in ((0, fn), (1, backward)):
         takes = [part.take(name) for name in part.names(p)] if call else []
         for i in range(len(takes)):
             wrong = functools.partial(damaged, i, call)
             calls = (wrong, backward) if p == 0 else (fn, wrong)
-            failures = check(row, calls[0], backward=calls[1], **settings).failures
-            assert [r.output for r in failures] == [part.names(p)[i]]
-            shape = row.shape(row.spec(case, failures[0].output), row.dims(case))
-            assert len(failures[0].index) == len(shape)
-            assert all(at < n for at, n in zip(failures[0].index, shape))
+            results = expectation.judge(adapter("numpy", backward=calls[1]), calls[0])
+            (failure,) = [r for r in results if not r.passed]
+            assert failure.output == part.names(p)[i]
+            shape = part.inputs[failure.output[1:]].shape if p else np.shape(outputs[i])
+            assert len(failure.index) == len(shape)
+            assert all(at < n for at, n in zip(failure.index, shape))
 
 
+GRADIENTS = {"dq", "dk", "dv"}
 LONG = Case("long", B=2, H=2, Tq=700, Tk=700, D=16, causal=True, tags=("bench",))
+
+
+@functools.cache
+def long_attention(dtype):
+    return Sampled(CATALOG["attention"], LONG, dtype)
 
 
 def _attention(forward=lambda o: o, q_grad=1.0, k_grad=1.0, hide=None):
@@ -236,12 +247,13 @@ def _first_of_tiles(o):
     ids=["right", "last row", "tiles", "dropped tile", "dk scale", "dq scale", "shape"],
 )
 def test_a_wrong_kernel_is_named_where_it_is_wrong(fn, outputs, hint):
-    row = replace(CATALOG["attention"], cases=(LONG,))
-    report = check(row, fn, cases="bench", dtypes=("float32",), timeout=60)
-    assert {r.output for r in report.failures} - {"dq", "dk", "dv"} == outputs - {"dq", "dk", "dv"}
-    assert {r.output for r in report.failures} >= outputs
-    assert not report.failures or hint in report.failures[0].hint
-    for r in report.failures:
+    results = long_attention("float32").judge(TorchAdapter(), fn)
+    failures = [r for r in results if not r.passed]
+    # what is wrong in o is wrong in what comes of it too
+    assert {r.output for r in failures} - GRADIENTS == outputs - GRADIENTS
+    assert {r.output for r in failures} >= outputs
+    assert not failures or hint in failures[0].hint
+    for r in failures:
         assert r.output == "outputs" or all(i < n for i, n in zip(r.index, (2, 2, 700, 16)))
 
 
@@ -269,8 +281,6 @@ def test_other_heads_wrong_are_missed_and_values_elsewhere_must_be_finite():
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded", "offset",
                                     "broadcast_grad", "bthd"])  # fmt: skip
 def test_layouts(layout):
-    row = replace(CATALOG["attention"], cases=(LONG,))
-
     def fn(q, k, v, causal=False):
         if layout != "bthd":
             return eager.attention(q, k, v, causal=causal)
@@ -278,9 +288,19 @@ def test_layouts(layout):
             *(x.transpose(1, 2) for x in (q, k, v)), causal=causal
         ).transpose(1, 2)  # fmt: skip
 
-    report = check(row, fn, cases="bench", layouts=(layout,), dtypes=("bfloat16",))
+    results = long_attention("bfloat16").judge(TorchAdapter(), fn, layout)
+    assert [r for r in results if not r.passed] == []
+    assert {r.layout for r in results} == {layout}
+    assert {r.output for r in results} == {"o", *GRADIENTS}
+
+
+@pytest.mark.parametrize(("op", "case"), [p for p in POINTS if CATALOG[p.values[0]].kernel is None])
+def test_torch_candidates_pass(op, case):
+    row = replace(CATALOG[op], cases=(case,))
+    report = check(row, getattr(eager, op), cases="bench", dtypes=("bfloat16",))
     assert report.passed, report.failures
-    assert {r.layout for r in report.results} == {layout}
+    assert len(report.results) == 1 + len(row.floating())
+    assert [line for line in report.not_checked if "stale results" in line]
 
 
 def test_writes_into_inputs_are_seen():
@@ -298,7 +318,7 @@ def test_writes_into_inputs_are_seen():
 
 
 def test_only_parts_leave_the_candidate():
-    (case,) = CASES["attention"]
+    case = CASES["attention"][0]
     expectation = Sampled(CATALOG["attention"], case, "float32")
     outputs, gradients = expectation.open(TorchAdapter()).run(eager.attention)
     assert [a.shape for a in (*outputs, *gradients)] == [(1, 1, 330, 32)] * 4

@@ -414,8 +414,8 @@ class TorchSession(Session):
         t = t.detach()
         index = tuple(self.adapter.torch.from_numpy(np.array(i)).to(t.device) for i in index)
         # a block at a time: the test needs tensors of the same size
-        longest = max(range(t.ndim), key=lambda axis: t.shape[axis], default=0)
-        blocks = t.chunk(-(-t.numel() // 2**24), longest) if t.numel() else (t,)
+        longest = max(range(t.ndim), key=lambda axis: t.shape[axis], default=None)
+        blocks = (t,) if longest is None else t.chunk(-(-t.numel() // 2**24) or 1, longest)
         finite = all(bool(self.adapter.torch.isfinite(b).all()) for b in blocks)
         return t[index].double().cpu().numpy(), finite
 

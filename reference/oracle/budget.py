@@ -5,7 +5,7 @@ kernel may choose (`gaugeblock.reference._rounding`). For each output or gradien
 float64 result on the same rounded inputs and rows running along the last axis:
 
     e(run, row) = max over the row of |legal − ref|
-    own(row)  = max over runs of e, or rms + 2.5·deviation of e over the runs where that is more
+    own(row)  = max over runs of e, or rms + 3.5·deviation of e over the runs where that is more
     typical   = median over rows of own(row) / max|ref(row)|
     yardstick = max(own(row), typical·max|ref(row)|)
     budget    = 2·yardstick(row) + ulp(ref)                         for each element
@@ -13,7 +13,7 @@ float64 result on the same rounded inputs and rows running along the last axis:
 
 The largest of a few dozen draws says little where one error decides, as in a single number or in a
 row with one common factor: there the second form of `own` makes a normal error's chance of passing
-twice it less than 10⁻⁶. `typical` keeps a short row from a tight budget that it owes to luck. A row
+twice it less than 10⁻⁹. `typical` keeps a short row from a tight budget that it owes to luck. A row
 whose exact value is 0 keeps what the legal runs leave there, often exactly 0. The RMS allowance for
 the final rounding shrinks with √n, as the error of a mean does.
 """
@@ -164,7 +164,7 @@ def budget(want, legal, dtype, skip=None):
 
 def _largest(draws):
     """The largest error to expect from draws of it along the first axis."""
-    spread = root_mean_square(draws, axis=0) + 2.5 * np.std(draws, axis=0)
+    spread = root_mean_square(draws, axis=0) + 3.5 * np.std(draws, axis=0)
     return np.maximum(np.max(draws, axis=0), spread)
 
 

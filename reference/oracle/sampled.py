@@ -26,6 +26,8 @@ from .explain import explain
 from .result import Result
 
 ALL_RUNS = 32
+# multiplications of the legal computations of a part, all together; in sums one after the other
+_PRODUCTS = 2**32
 _TILES = (64, 128)
 # values are drawn up to here and then repeat; a prime, so that no two rows or columns are alike
 _PERIOD = 1_048_573
@@ -42,8 +44,7 @@ class Part:
     compute: compute(arithmetic) -> {the same names: their values}; float64 for None.
     inputs:  {input: values} that `Op.accepts` judges them by.
     infinite: tensors whose other elements need not be finite.
-    runs:    legal computations that the budget comes from. An element's luck counts less where
-             there are many; parts that cost little take all.
+    runs:    legal computations that the budget comes from, 8 at least (`runs_for`).
     """
 
     takes: dict
@@ -71,6 +72,11 @@ def spread(n, count, rng, always=()):
     while len(chosen) < count:
         chosen.add(int(rng.integers(n)))
     return np.array(sorted(chosen))
+
+
+def runs_for(products):
+    """How many legal computations there is time for, each with so many multiplications."""
+    return int(np.clip(_PRODUCTS // max(products, 1), 8, ALL_RUNS))
 
 
 def taken_in(arithmetic):

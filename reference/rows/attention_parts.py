@@ -2,8 +2,8 @@
 
 Some groups of heads that share a key head are chosen. A query row needs its own q and the keys it
 sees. A key row needs lse and delta of every query that sees it; these are exact first, block by
-block, and a legal run rounds them as a kernel does: o to the storage dtype before delta, and lse
-to float32.
+block. A legal run has errors in lse, and in the o that delta comes from; it computes them for a few
+queries, and the others get errors like those of queries near them.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import numpy as np
 from .._attention import attend, key_gradients, score_gradient, visible_keys, weights_again
 from .._paged_attention import paged_attention
 from .._philox import keep_mask
-from .._rounding import rescaled, stored
 from ..oracle.adapters import Take
-from ..oracle.sampled import Part, blocks, spread, taken_in
+from ..oracle.sampled import Part, blocks, runs_for, spread, taken_in
 
 # query rows, and key rows, that are compared over all groups at least
 _ROWS = 256
 _LEAST_ROWS = 32
 _GROUPS = 8
+# queries whose errors stand for those of all
+_ERROR_ROWS = 32
 # the exact pass over all queries of a group costs so many multiplications at most, or one group
 _PRODUCTS = 2**35
 # scores in memory at once: exact ones, and those of legal runs, which stay in a cache
@@ -74,16 +75,22 @@ class _Problem:
             takes["dq"] = Take(rows)
 
         def compute(arithmetic):
-            most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tk)
-            found = [self._queries(group, some, arithmetic) for some in blocks(queries, most)]
-            return {
-                name: np.concatenate([np.asarray(f[name]) for f in found], axis=1) for name in takes
-            }
+            found = self._some_queries(group, queries, arithmetic, self.dys is not None)
+            return {name: found[name] for name in takes}
 
         # a query that sees nothing has lse = −∞
-        return Part(takes, compute, infinite=("lse",))
+        runs = runs_for(self.repeats * len(queries) * self.Tk * self.D)
+        return Part(takes, compute, infinite=("lse",), runs=runs)
 
-    def _queries(self, group, queries, arithmetic):
+    def _some_queries(self, group, queries, arithmetic, gradients):
+        """{"o", "lse", "dq"} (heads, queries, …), a block at a time."""
+        most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tk)
+        found = [
+            self._queries(group, rows, arithmetic, gradients) for rows in blocks(queries, most)
+        ]
+        return {name: np.concatenate([np.asarray(f[name]) for f in found], 1) for name in found[0]}
+
+    def _queries(self, group, queries, arithmetic, gradients):
         b, heads, h = self._heads(group)
         take = taken_in(arithmetic)
         visible = self._visible(b, queries)
@@ -96,7 +103,7 @@ class _Problem:
         keep = self._keep(b, heads, queries, keys)
         (o, lse), cache = attend(q, k, v, visible, keep, self.scale)
         found = {"o": o[0], "lse": lse[0]}
-        if self.dys is not None:
+        if gradients:
             do, dlse = self._gradients(b, heads, queries, take)
             p, do = weights_again(do, cache)
             ds = score_gradient(p, do, dlse, cache)
@@ -114,18 +121,19 @@ class _Problem:
                 statistics.append(self._statistics(group))
             lse, delta, o = statistics[0]
             if arithmetic is not None:
-                delta = self._rounded_delta(group, o, arithmetic)
+                lse, delta = self._legal_statistics(group, lse, o, arithmetic)
             most = (_SCORES if arithmetic is None else _LEGAL_SCORES) // (self.repeats * self.Tq)
             found = [self._keys(group, some, arithmetic, lse, delta) for some in blocks(keys, most)]
             dk, dv = (np.concatenate([np.asarray(x) for x in xs], axis=2) for xs in zip(*found))
             return {"dk": dk, "dv": dv}
 
-        return Part({"dk": Take(rows), "dv": Take(rows)}, compute)
+        runs = runs_for(self.repeats * len(keys) * self.Tq * self.D)
+        return Part({"dk": Take(rows), "dv": Take(rows)}, compute, runs=runs)
 
     def _statistics(self, group):
         """lse, delta (heads, Tq) and o (heads, Tq, D), which is exact enough to be rounded."""
         b, heads, h = self._heads(group)
-        lse = np.zeros((len(heads), self.Tq))
+        lse = np.full((len(heads), self.Tq), -np.inf)
         delta = np.zeros((len(heads), self.Tq))
         o = np.zeros((len(heads), self.Tq, self.D), np.float32)
         k, v = (x[b, h].astype(np.float64) for x in (self.k, self.v))
@@ -150,14 +158,27 @@ class _Problem:
                 delta[i, some] = (do * found).sum(-1)[0, 0]
         return lse, delta, o
 
-    def _rounded_delta(self, group, o, arithmetic):
-        """delta from the rounded o."""
+    def _legal_statistics(self, group, lse, o, arithmetic):
+        """lse and delta (heads, Tq) with errors of a legal run."""
         b, heads, _ = self._heads(group)
-        take, found = taken_in(arithmetic), []
-        for some in blocks(self.Tq, _LEGAL_SCORES // (self.repeats * self.D)):
-            do, _ = self._gradients(b, heads, some, take)
-            found.append(np.asarray((do * stored(take(o[None, :, some]))).sum(-1)[0]))
-        return np.concatenate(found, axis=1)
+        seeing = np.flatnonzero(np.isfinite(lse[0]))
+        if not seeing.size:
+            return lse, np.zeros_like(lse)
+        draw = np.random.default_rng(0)
+        some = seeing[spread(len(seeing), _ERROR_ROWS, draw)]
+        found = self._some_queries(group, some, arithmetic, gradients=False)
+        norm = _norm(o)
+        lse_error = np.asarray(found["lse"], np.float64) - lse[:, some]
+        o_error = (np.asarray(found["o"]) - o[:, some]) / norm[:, some]
+        near = np.searchsorted(some, np.arange(self.Tq)) + draw.integers(-2, 3, self.Tq)
+        near = np.clip(near, 0, len(some) - 1)
+
+        take, deltas = taken_in(arithmetic), []
+        for rows in blocks(self.Tq, _LEGAL_SCORES // (self.repeats * self.D)):
+            do, _ = self._gradients(b, heads, rows, take)
+            legal = o[:, rows] + o_error[:, near[rows]] * norm[:, rows]
+            deltas.append(np.asarray((do * take(legal[None])).sum(-1)[0]))
+        return lse + lse_error[:, near], np.concatenate(deltas, axis=1)
 
     def _keys(self, group, keys, arithmetic, lse, delta):
         b, heads, h = self._heads(group)
@@ -168,8 +189,7 @@ class _Problem:
         q = take(self.q[b, heads][None, :, queries])
         k, v = (take(x[b, h][keys][None, None]) for x in (self.k, self.v))
         do, dlse = self._gradients(b, heads, queries, take)
-        # the last place of the logarithm, and that of its sum with the maximum
-        lse = rescaled(take(lse[None, :, queries, None]))
+        lse = take(lse[None, :, queries, None])
         delta = take(delta[None, :, queries, None])
         if dlse is not None:
             delta = delta - dlse[..., None]
@@ -204,6 +224,12 @@ class _Problem:
         return do, take(self.dys["lse"][b, heads][None, :, queries])
 
 
+def _norm(o):
+    """The root mean square of rows, 1 where it is 0."""
+    norm = np.sqrt(np.mean(np.square(o), -1, keepdims=True))
+    return np.where(norm == 0, 1.0, norm)
+
+
 def _rows(heads, positions, T):
     """The rows of a (B, H, T, D) tensor that lie at some positions of some heads, b·H + h."""
     return (heads[:, None] * T + positions).ravel()
@@ -228,7 +254,9 @@ def paged_attention_parts(inputs, options, dys, rng):
             o, _ = paged_attention(take(q[b : b + 1]), k, v, own, lengths, **options)
             return {"o": o}
 
+        runs = runs_for(q[0].size * len(pages) * page)
+
         rows = _rows(b * H + np.arange(H), np.arange(Tq), Tq)
-        return Part({"o": Take(rows)}, compute)
+        return Part({"o": Take(rows)}, compute, runs=runs)
 
     return [part(int(b)) for b in spread(B, _GROUPS, rng)]

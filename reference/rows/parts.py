@@ -20,9 +20,11 @@ from .._residual_layer_norm import residual_layer_norm, residual_layer_norm_back
 from .._rounding import stored
 from .._sample import sample
 from ..oracle.adapters import Take
-from ..oracle.sampled import ALL_RUNS, Part, blocks, spread, taken_in
+from ..oracle.sampled import ALL_RUNS, Part, blocks, runs_for, spread, taken_in
 
 _ROWS, _COLUMNS = 256, 128
+# what a formula of some functions costs an element, in multiplications of a product
+_ELEMENTWISE = 64
 # values of the compared rows together, and values in memory at once
 _VALUES, _BLOCK = 2**22, 2**20
 
@@ -88,9 +90,11 @@ def _norm_parts(forward, backward, inputs, options, dys, rng):
         return dict(zip(("dw", "db"), gradients(take, slice(None), columns, cache)[-2:]))
 
     of_rows = [*outputs, *(f"d{n}" for n in names if dys is not None)]
-    parts = [Part(dict.fromkeys(of_rows, Take(chosen)), at_rows)]
+    runs = runs_for(_ELEMENTWISE * len(chosen) * N)
+    parts = [Part(dict.fromkeys(of_rows, Take(chosen)), at_rows, runs=runs)]
     if dys is not None:
-        parts.append(Part(dict.fromkeys(("dw", "db"), Take(np.array([0]), columns)), summed))
+        takes = dict.fromkeys(("dw", "db"), Take(np.array([0]), columns))
+        parts.append(Part(takes, summed, runs=runs_for(_ELEMENTWISE * M * N)))
     return parts
 
 
@@ -123,10 +127,13 @@ def linear_parts(inputs, options, dys, rng):
             found.append({"dw": take(x[some]).T @ some_dy[some]})
         return _added(found) | {"db": some_dy.sum(0)}
 
-    parts = [Part(dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows)), at_rows)]
+    runs = runs_for(len(rows) * w.size)
+    of_rows = dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows))
+    parts = [Part(of_rows, at_rows, runs=runs)]
     if dy is not None:
         takes = {"dw": Take(np.arange(len(w)), columns), "db": Take(np.array([0]), columns)}
-        parts.append(Part(takes, at_columns))
+        runs = runs_for(len(columns) * x.size)
+        parts.append(Part(takes, at_columns, runs=runs))
     return parts
 
 
@@ -160,7 +167,8 @@ def ffn_parts(inputs, options, dys, rng):
         biases = {"db1": take(_joined(dzs)["dz"]).sum(0), "db2": take(dy[:, columns]).sum(0)}
         return _added(found) | biases
 
-    parts = [Part(dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows)), at_rows)]
+    of_rows = dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows))
+    parts = [Part(of_rows, at_rows, runs=runs_for(len(rows) * w1.size))]
     if dy is not None:
         one = np.array([0])
         takes = {
@@ -169,7 +177,7 @@ def ffn_parts(inputs, options, dys, rng):
             "dw2": Take(units),
             "db2": Take(one, columns),
         }
-        parts.append(Part(takes, at_units))
+        parts.append(Part(takes, at_units, runs=runs_for(len(units) * x.size)))
     return parts
 
 
@@ -261,7 +269,8 @@ def cross_entropy_parts(inputs, options, dys, rng):
         return found
 
     takes = {"loss": problem.take} | ({} if dys is None else {"dlogits": Take(problem.rows)})
-    return [Part(takes, compute)]
+    runs = runs_for(_ELEMENTWISE * len(problem.rows) * problem.V)
+    return [Part(takes, compute, runs=runs)]
 
 
 def linear_cross_entropy_parts(inputs, options, dys, rng):
@@ -317,10 +326,10 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
         return _added(found) | {"db": take(_joined(all_dlogits)["dlogits"]).sum(0)}
 
     takes = {"loss": problem.take} | ({} if dys is None else {"dx": Take(problem.rows)})
-    parts = [Part(takes, at_rows)]
+    parts = [Part(takes, at_rows, runs=runs_for(len(problem.rows) * w.size))]
     if dys is not None:
         takes = {"dw": Take(words)} | ({} if b is None else {"db": Take(np.array([0]), words)})
-        parts.append(Part(takes, at_words))
+        parts.append(Part(takes, at_words, runs=runs_for(len(words) * x.size)))
     return parts
 
 
@@ -395,7 +404,9 @@ def sample_parts(inputs, options, dys, rng):
     rows = _some_rows(*logits.shape, rng)
     wide = {"logits": logits[rows].astype(np.float64), "u": u.reshape(-1)[rows].astype(np.float64)}
 
+    runs = runs_for(_ELEMENTWISE * len(rows) * logits.shape[1])
+
     def compute(arithmetic):
         return {"token": sample(*wide.values(), **options)[0]}
 
-    return [Part({"token": _elements(u.shape, rows)}, compute, inputs=wide)]
+    return [Part({"token": _elements(u.shape, rows)}, compute, inputs=wide, runs=runs)]

@@ -62,17 +62,14 @@ def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
                 alone, layouts = replace(op, cases=(case,)), _layouts(op, number, suite)
                 with _expectations_kept():
                     for m, dtype in left:
-                        # what a mutant remembers of other cases would hide which case shows it
-                        candidate = candidates[m.name, dtype] if m.after else m.candidate()
-                        arguments = {"layouts": layouts}
-                        arguments |= m.checks | {
-                            "dtypes": (dtype,),
-                            "cases": suite,
-                            "memory": memory,
-                        }
-                        report = check(alone, candidate, **arguments)
-                        first = {(r.case, r.layout): r for r in reversed(report.failures)}
-                        found[m.name][dtype] += [first[k] for k in reversed(first)]
+                        for layout in layouts:
+                            # what it remembers of other calls would hide where it shows
+                            candidate = candidates[m.name, dtype] if m.after else m.candidate()
+                            arguments = {"dtypes": (dtype,), "layouts": (layout,)} | m.checks
+                            report = check(
+                                alone, candidate, cases=suite, memory=memory, **arguments
+                            )
+                            found[m.name][dtype] += report.failures[:1]
     return found
 
 

@@ -106,12 +106,12 @@ def _cross_entropy(logits, targets, reduction="mean", **options):
 
 
 def _gelu_ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
-    z = x @ w1 + b1
+    z = F.linear(x, w1.T, b1)
     if activation == "relu":
         a = F.relu(z)
     else:
         a = F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return a @ w2 + b2
+    return F.linear(a, w2.T, b2)
 
 
 def _embedding(tokens, wte, wpe=None, positions=None):

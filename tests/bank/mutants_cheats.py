@@ -161,24 +161,35 @@ class RightAtEvenSizes(Cheat):
         return (torch.where(columns < max(y.shape[-1] // 2 * 2, 1), y, 0),)
 
 
+class _Instead(torch.autograd.Function):
+    """Other values with the gradient of the right ones."""
+
+    @staticmethod
+    def forward(ctx, y, other):
+        return other.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
 @cheat(
     "layer_norm", "attention", "adamw",
     bug="stale memory of an earlier answer", seen="new content in a shape seen before",
 )  # fmt: skip
 class StaleMemory(Cheat):
-    """A buffer for each shape, filled by the first call and never written again."""
+    """A buffer for each shape, filled by the first call and never written again. Gradients are
+    right.
+    """
 
     def __init__(self):
         self.buffers = {}
 
     def outputs(self, outputs, inputs, options):
-        return tuple(self.stale(y) for y in outputs)
-
-    def stale(self, y):
-        if y.shape not in self.buffers:
-            self.buffers[y.shape] = y.detach().float()
-        # a copy that keeps the path of the gradients
-        return y + (self.buffers[y.shape].to(y.dtype) - y).detach()
+        return tuple(
+            _Instead.apply(y, self.buffers.setdefault((i, y.shape), y.detach().clone()))
+            for i, y in enumerate(outputs)
+        )
 
 
 @cheat(
