@@ -33,10 +33,10 @@ def attention_parts(inputs, options, dys, rng):
     """The parts of `attention`."""
     problem = _Problem(inputs, options, dys)
     B, Hkv, repeats = problem.B, problem.Hkv, problem.repeats
-    chosen = spread(B * Hkv, _GROUPS, rng)
+    chosen = [int(g) for g in spread(B * Hkv, _GROUPS, rng)]
+    n, heads = len(chosen), len(chosen) * repeats
     parts = [
-        problem.query_part(divmod(int(g), Hkv), _indices(problem.Tq, len(chosen) * repeats, rng))
-        for g in chosen
+        problem.query_part(divmod(g, Hkv), _indices(problem.Tq, heads, rng), n) for g in chosen
     ]
     if dys is None:
         return parts
@@ -44,9 +44,9 @@ def attention_parts(inputs, options, dys, rng):
     most = int(np.clip(_PRODUCTS // max(products, 1), 1, _GROUPS))
     # the last group too where there are several, or some group where there is time for one
     chosen = spread(B * Hkv, most, rng) if most > 1 else rng.integers(B * Hkv, size=1)
+    n = len(chosen)
     return parts + [
-        problem.key_part(divmod(int(g), Hkv), _indices(problem.Tk, len(chosen), rng))
-        for g in chosen
+        problem.key_part(divmod(int(g), Hkv), _indices(problem.Tk, n, rng), n) for g in chosen
     ]
 
 
@@ -64,7 +64,7 @@ class _Problem:
         self.scale = self.D**-0.5 if scale is None else float(scale)
         self.return_lse = bool(options.get("return_lse"))
 
-    def query_part(self, group, queries):
+    def query_part(self, group, queries, groups):
         """o, lse and dq of some queries of the heads that read one key head."""
         b, heads, _ = self._heads(group)
         rows = _rows(b * self.H + heads, queries, self.Tq)
@@ -79,7 +79,7 @@ class _Problem:
             return {name: found[name] for name in takes}
 
         # a query that sees nothing has lse = −∞
-        runs = runs_for(self.repeats * len(queries) * self.Tk * self.D)
+        runs = runs_for(groups * self.repeats * len(queries) * self.Tk * self.D)
         return Part(takes, compute, infinite=("lse",), runs=runs)
 
     def _some_queries(self, group, queries, arithmetic, gradients):
@@ -110,7 +110,7 @@ class _Problem:
             found["dq"] = (self.scale * (ds @ cache[1]))[0]
         return found
 
-    def key_part(self, group, keys):
+    def key_part(self, group, keys, groups):
         """dk and dv of some keys of one key head."""
         b, _, h = self._heads(group)
         rows = _rows(np.array([b * self.Hkv + h]), keys, self.Tk)
@@ -127,7 +127,7 @@ class _Problem:
             dk, dv = (np.concatenate([np.asarray(x) for x in xs], axis=2) for xs in zip(*found))
             return {"dk": dk, "dv": dv}
 
-        runs = runs_for(self.repeats * len(keys) * self.Tq * self.D)
+        runs = runs_for(groups * self.repeats * len(keys) * self.Tq * self.D)
         return Part({"dk": Take(rows), "dv": Take(rows)}, compute, runs=runs)
 
     def _statistics(self, group):
