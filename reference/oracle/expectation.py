@@ -131,7 +131,6 @@ class Expectation:
     def _output_gradients(self, wide, rng, broadcast):
         """Output gradients, rounded to the storage dtype; all equal where they are broadcast."""
         outputs, _ = evaluate(self.op, wide, self.options, None)
-        rng = np.random.default_rng(rng.bit_generator.seed_seq)
         dys = []
         for name, y in zip(self.op.outputs, outputs):
             dy = rng.standard_normal(np.shape(y))
