@@ -19,6 +19,8 @@ def write_golden(folder, ops, dtypes=("float32",), cases="quick", expression=Non
     `output.NAME` and gradient `grad.NAME` the exact float64 values with the bound of each element,
     `budget.NAME`. The manifest holds options, RMS budgets and each file's SHA-256.
     """
+    if cases not in ("quick", "full"):
+        raise ValueError(f"golden: cases must be quick or full, got {cases!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
