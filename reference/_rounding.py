@@ -45,6 +45,7 @@ class Arithmetic:
              exp, erf by a rational function; corrections that a kernel may leave out are left out,
              and subnormal results are flushed to zero, as a GPU's fast functions do.
     normalised: values marked with a unit of their own (softmax weights) are rounded without it.
+    noise:   products, quotients and elementary functions are off by a part of their last place.
     operand: what the operands of a product keep of their mantissa: "float32" all of it, "tf32" ten
              bits, rounded to nearest or, as tensor cores do with what they are given, cut off.
     """
@@ -55,6 +56,7 @@ class Arithmetic:
     unit: float = 1.0
     roads: bool = False
     normalised: bool = False
+    noise: bool = True
     operand: str = "float32"
 
     def __post_init__(self):
@@ -126,7 +128,7 @@ class Arithmetic:
     def apply(self, ufunc, *inputs, **options):
         """A ufunc, off by a part of its last place, on the road that this arithmetic takes."""
         result = self._road(ufunc, *inputs, **options)
-        if not self.chunk or ufunc not in _OFF or options:
+        if not (self.noise and self.chunk) or ufunc not in _OFF or options:
             return result
         part = _OFF[ufunc] * 2.0**-23 * self._draw.uniform(-1, 1, np.shape(result))
         return (result * (1 + part)).astype(np.float32)

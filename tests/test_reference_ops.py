@@ -24,6 +24,7 @@ from gaugeblock.reference._sample import cumulative, distribution
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import check
 from gaugeblock.reference.oracle.budget import evaluate
+from gaugeblock.reference.oracle.expectation import Expectation
 
 OPS = ("dropout", "residual_layer_norm", "linear_cross_entropy", "adamw", "sample")
 ROWS = {name: CATALOG[name] for name in OPS}
@@ -427,7 +428,7 @@ def test_leading_dimensions_are_free():
 
 
 RUNS = [
-    Arithmetic(np.dtype(np.float32), chunk=chunk, unit=unit, roads=roads).array
+    Arithmetic(np.dtype(np.float32), chunk=chunk, unit=unit, roads=roads, noise=False).array
     for chunk, unit, roads in ((0, 1.0, False), (16, 1.3, True), (1, 1.7, False))
 ]
 
@@ -701,7 +702,10 @@ LEGAL = {
 def test_a_legal_implementation_passes(op, fn, dtype):
     report = check(ROWS[op], fn, dtypes=(dtype,), cases="full", layouts=("contiguous", "sliced"))
     assert report.passed, report.failures[:3]
-    assert {r.case for r in report.results} == {c.name for c in ROWS[op].select("full")}
+    cases = ROWS[op].select("full")
+    checked = {c.name for c in cases if not Expectation(ROWS[op], c, dtype).vanishes()}
+    assert {r.case for r in report.results} == checked
+    assert len(cases) - len(checked) <= 1
 
 
 def wrong_seed_half(x, p, seed):

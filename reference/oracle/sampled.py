@@ -260,7 +260,8 @@ class Sampled(Expectation):
     def _choice(self, where, content, answer, want):
         if not answer.dtype.startswith(("int", "uint")):
             return Result(*where, False, "dtype", hint=f"must be integers, is {answer.dtype}")
-        runs = [a.array for a in self.arithmetics()[: content.parts[0].runs]]
+        most = content.parts[0].runs
+        runs = [replace(a, noise=False).array for a in self.arithmetics()[:most]]
         ends = np.cumsum([p.takes[where[-1]].columns.size for p in content.parts])[:-1]
         chosen = zip(np.split(answer.values.ravel(), ends), content.parts)
         right = [self.op.accepts(values, p.inputs, self.options, runs) for values, p in chosen]
