@@ -148,9 +148,9 @@ class Session:
         return found
 
     def _layout_of(self, x):
-        """Only values are made to repeat, indices are not."""
-        repeats = self.layout == "expanded" and x.dtype.kind in "iu"
-        return "contiguous" if repeats else self.layout
+        """Indices are not made to repeat, nor is NaN: it would come to where it is seen."""
+        apart = x.dtype.kind in "iu" or not np.isfinite(x).all()
+        return "contiguous" if self.layout == "expanded" and apart else self.layout
 
     def _turn(self, x):
         """(B, H, T, D) as (B, T, H, D), and back, where the candidate wants it so."""

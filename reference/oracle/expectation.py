@@ -312,7 +312,7 @@ def _moved(arithmetic, x):
 
 def _repeated(x):
     """The values of x with its first row in place of all rows."""
-    if x.ndim < 2 or len(x) < 2:
+    if x.ndim < 2 or len(x) < 2 or not np.isfinite(x).all():
         return x
     return np.ascontiguousarray(np.broadcast_to(x[:1], x.shape))
 
