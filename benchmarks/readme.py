@@ -209,15 +209,18 @@ def _mutants(record):
 def _legal(record):
     rate = record["blamed"] / max(record["compared"], 1)
     above = ", ".join(f"{n:,} above {x}" for x, n in record["above"].items())
+    loose = dict(record["loose"])
     said = (
         f"{record['variants']} legal kernels, inputs from {record['seeds']} seed(s), "
         f"{record['compared']:,} "
         f"tensors compared, {record['blamed']:,} blamed ({rate:.1e}). Error over budget: {above}. "
-        f"{record['compared'] / record['seconds']:,.0f} tensors a second on one core.\n\n"
+        f"Looseness of {loose.pop('outputs'):,} outputs of a case in a dtype: "
+        + ", ".join(f"{n:,} above {x}" for x, n in loose.items())
+        + f". {record['compared'] / record['seconds']:,.0f} tensors a second on one core.\n\n"
     )
     rows = [
         [r["op"], r["dtype"], f"{r['compared']:,}", r["blamed"], _figure(max(r["row"], r["rms"])),
-         _figure(r["looseness"]), _figure(r["discrimination"])]
+         _figure(r["looseness"]), _figure(r["loosest"]), _figure(r["discrimination"])]
         for r in record["ops"]
     ]  # fmt: skip
     head = [
@@ -227,6 +230,7 @@ def _legal(record):
         "blamed",
         "largest error/budget",
         "looseness",
+        "at most",
         "discrimination",
     ]
     blamed = [

@@ -15,7 +15,7 @@ torch.nn.functional.cross_entropy.
 import numpy as np
 
 from ._checks import expect_choice, expect_ids, expect_shape
-from ._rounding import floats
+from ._rounding import floats, otherwise
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -37,7 +37,9 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
         loss, lse = row_losses(logits, index, kept, alpha)
         count = np.float64(kept.sum()) if reduction == "mean" else 1.0
         if reduction != "none":
-            loss = loss.sum() / count
+            total = loss.sum()
+            # or every row's loss times a share that is rounded once
+            loss = otherwise(total / count, lambda: (loss * (np.ones_like(total) / count)).sum())
         p = np.exp(logits - lse)
     return loss, (p, index, kept, count, alpha)
 

@@ -7,13 +7,14 @@ float64 result on the same rounded inputs and rows running along the last axis:
     e(run, row) = max over the row of |legal − ref|
     own(row)  = max over runs of e, or rms + 3.5·deviation of e over the runs where that is more
     typical   = median over rows of own(row) / max|ref(row)|
-    yardstick = max(own(row), typical·max|ref(row)|)
+    yardstick = max(own(row), min(typical·max|ref(row)|, largest own of all rows))
     budget    = 2·yardstick(row) + ulp(ref)                         for each element
     budget    = 2·own(rms(legal − ref)) + rms(ulp)/√n  for the tensor's RMS error
 
 The largest of a few dozen draws says little where one error decides, as in a single number or in a
 row with one common factor: there the second form of `own` makes a normal error's chance of passing
-twice it less than 10⁻⁹. `typical` keeps a short row from a tight budget that it owes to luck. A row
+twice it less than 10⁻⁹. `typical` keeps a short row from a tight budget that it owes to luck; where
+most rows are nearly 0, so that it says nothing, the largest error of all rows limits it. A row
 whose exact value is 0 keeps what the legal runs leave there, often exactly 0. The RMS allowance for
 the final rounding shrinks with √n, as the error of a mean does.
 """
@@ -156,7 +157,8 @@ def budget(want, legal, dtype, skip=None):
     live = magnitude > 0
     typical = np.median(own[live] / magnitude[live]) if live.any() else 0.0
     step = ulp(exact, dtype)
-    rows = 2 * np.maximum(own, typical * magnitude) + step
+    typical = np.minimum(typical * magnitude, own.max(initial=0.0))
+    rows = 2 * np.maximum(own, typical) + step
     rms = 2 * _largest(np.array([root_mean_square(e) for e in errors]))
     rms += root_mean_square(step) / max(want.size, 1) ** 0.5
     return Budget(want.reshape(shape), rows.reshape(shape), float(rms))

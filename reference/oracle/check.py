@@ -13,7 +13,7 @@ from .budget import precision
 from .memory import cut_batch, examine
 from .op import Op
 from .result import Report
-from .sampled import Sampled, expectation_of, fits
+from .sampled import expectation_of, fits
 from .shrink import SECONDS, shrunk
 
 # checked only in functions that declare them
@@ -98,7 +98,7 @@ class Checker:
         self.not_checked = list(self.adapter.not_checked if memory else ())
         self.units = []
         self._expectation = None
-        for number, case in enumerate(self.op.select(cases, expression)):
+        for case in self.op.select(cases, expression):
             undeclared = _OPTIONAL & set(self.op.options(case)) - declared(fn)
             if undeclared:
                 names = ", ".join(sorted(undeclared))
@@ -108,23 +108,13 @@ class Checker:
                 self.not_checked.append(f"{case.name}: needs more memory than there is")
                 continue
             for p in precisions:
-                for layout in layouts or self._covering(number, cases, p):
+                for layout in layouts or self._covering(case, cases, p):
                     self.units.append((case, p.name, layout))
 
-    def _covering(self, number, cases, p):
-        """The layouts of a case: all in "full", contiguous and, turn about, one more in "quick"."""
-        grads = self.backward and self.op.differentiable() and p.gradients
+    def _covering(self, case, cases, p):
         if self.adapter.layouts is not None:
             return self.adapter.layouts
-        covered = [x for x in _COVERED if x != "broadcast_grad" or grads]
-        if self.op.updates:
-            # one memory cell cannot hold several new values
-            covered.remove("expanded")
-        if cases == "full":
-            return ("contiguous", *covered)
-        if cases == "bench":
-            return ("contiguous",)
-        return ("contiguous", covered[number % len(covered)])
+        return covering_layouts(self.op, case, cases, self.backward and p.gradients)
 
     def report(self):
         return Report(self.op.name, name_of(self.fn), self.device, self.seed, [], self.not_checked)
@@ -153,14 +143,14 @@ class Checker:
 
     def shrink(self, result, seconds):
         """(the smallest case that fails like `result`, seconds spent)."""
-        return shrunk(self.op, result, self.fn, self.adapter, self.seed, seconds)
+        return shrunk(self.op, result, self.fn, self.adapter, self.seed, seconds, self.backward)
 
     def _left_out(self, expectation):
         """What the check of a case cannot look into, one line each."""
         op, dtype, name = self.op, expectation.dtype, expectation.case.name
         if self.backward and not expectation.precision.gradients and op.differentiable():
             yield f"gradients in {dtype}: eight-bit gradients need scales of their own"
-        if isinstance(expectation, Sampled):
+        if not expectation.whole:
             yield f"{name}: unwritten memory, stale results and batch invariance at its shape"
             return
         if expectation.vanishes():
@@ -172,6 +162,21 @@ class Checker:
                 f"roundings inside {op.name}: its reference turns its inputs into float64, so the "
                 "budget holds the effect of inputs that are off by a float32 ulp alone"
             )
+
+
+def covering_layouts(op, case, cases="quick", gradients=True):
+    """The layouts of a case: all in "full", contiguous and, turn about, one more in "quick"."""
+    if cases == "bench":
+        return ("contiguous",)
+    gradients = gradients and op.differentiable()
+    covered = [x for x in _COVERED if x != "broadcast_grad" or gradients]
+    if op.updates:
+        # one memory cell cannot hold several new values
+        covered.remove("expanded")
+    if cases == "quick":
+        # its place among all cases: what else is selected changes nothing
+        covered = [covered[op.cases.index(case) % len(covered)]]
+    return ("contiguous", *covered)
 
 
 def expect_op(op):

@@ -86,6 +86,9 @@ class Content:
 class Expectation:
     """A case in a dtype: rounded inputs, exact results, and the results of the legal runs."""
 
+    # every element is compared
+    whole = True
+
     def __init__(self, op, case, dtype, seed=0, backward=True):
         self.op, self.case, self.precision = op, case, precision(dtype)
         self.dtype, self.storage, self.seed = self.precision.name, self.precision.storage, seed
@@ -94,15 +97,6 @@ class Expectation:
         # the draw depends on the case alone, whatever else is checked beside it
         self._key = [*f"{op.name}/{case.name}".encode()]
         self._contents = {}
-
-    @property
-    def inputs(self):
-        return self.content().inputs
-
-    def results(self, broadcast=False):
-        """(output gradients, exact (outputs, gradients), [legal (outputs, gradients)])."""
-        content = self.content("broadcast_grad" if broadcast else "contiguous")
-        return content.dys, content.exact, content.legal
 
     def content(self, layout="contiguous", draw=0):
         """The content for a layout; draws beyond 0 are other values of the same case."""
@@ -158,8 +152,18 @@ class Expectation:
         return any(not isinstance(y, Rounded) for y in outputs if np.size(y))
 
     def judge(self, adapter, fn, layout="contiguous"):
-        """Run the candidate once; a list of `Result`, one for each output and gradient."""
-        return self.compare(self.call(self.open(adapter, layout), fn), layout)
+        """Run the candidate once; its `results`."""
+        session = self.open(adapter, layout)
+        return self.results(session, self.call(session, fn), layout)
+
+    def results(self, session, answers, layout="contiguous"):
+        """A `Result` for each output and gradient, and one for damage to the caller's memory."""
+        results = self.compare(answers, layout)
+        damage = session.damage()
+        if damage:
+            where = (self.op.name, self.case.name, self.dtype, layout, "inputs")
+            results.append(Result(*where, False, "damage", hint=", ".join(damage)))
+        return results
 
     def open(self, adapter, layout="contiguous", draw=0):
         """The candidate's arguments in memory."""
@@ -199,9 +203,7 @@ class Expectation:
         return results
 
     def _tensor(self, where, part, i, content, answer):
-        allowed = (self.dtype,) if part else self.precision.results
-        if part and self.precision.operand == "tf32":
-            allowed = ("float32",)
+        allowed = (self.storage.name,) if part else self.precision.results
         want = np.asarray(content.exact[part][i])
         if answer.values.shape != want.shape:
             hint = f"must have shape {want.shape}, has {answer.values.shape}"
@@ -212,7 +214,8 @@ class Expectation:
             hint = f"must be {' or '.join(allowed)}, is {answer.dtype}"
             return Result(*where, False, "dtype", hint=hint)
         bound = content.bound(part, i, answer.dtype)
-        return compare(where, answer, bound, self._axes(where[-1]))
+        places = self._places(content, where[-1])
+        return compare(where, answer, bound, self._axes(where[-1]), places)
 
     def _choice(self, where, content, answer, want):
         """An output that is a choice: right where some legal computation would choose it."""
@@ -227,6 +230,10 @@ class Expectation:
         got, wanted = float(answer.values[first]), float(want[first])
         hint = f"{list(first)} is {got:g}, must be {wanted:g}"
         return Result(*where, False, "choice", first, got, wanted, hint=hint, first=first)
+
+    def _places(self, content, name):
+        """Where the compared elements lie; None where it is all of them."""
+        return None
 
     def _axes(self, name):
         """The names of a tensor's axes."""
@@ -247,8 +254,8 @@ class Bound:
         self.budget = budget(want, legal, dtype, self.skip)
 
 
-def compare(where, answer, bound, axes=()):
-    """The `Result` of one tensor."""
+def compare(where, answer, bound, axes=(), places=None):
+    """The `Result` of one tensor; `places` where parts of one are compared."""
     want, skip, dtype, given_up = bound.want, bound.skip, bound.dtype, bound.given_up
     if not want.size:
         return Result(*where, True, error=0.0, budget=0.0, rms_error=0.0, rms_budget=0.0)
@@ -273,13 +280,20 @@ def compare(where, answer, bound, axes=()):
             kind = "rms"
     hint, first, tile = "", None, None
     if kind:
-        first = tuple(map(int, np.unravel_index(np.argmax(bad), bad.shape))) if bad.any() else None
-        hint, tile = explain(got, want, bad, axes), tile_of(bad, axes)
+        first = np.unravel_index(np.argmax(bad), bad.shape) if bad.any() else None
+        hint = explain(got, want, bad, axes, places)
+        tile = tile_of(bad) if places is None else None
+
+    def at(index):
+        if index is None or places is None:
+            return index if index is None else tuple(map(int, index))
+        return places.at(index)
+
     return Result(
         *where,
         not kind,
         kind,
-        tuple(map(int, worst)),
+        at(worst),
         float(got[worst]),
         float(want[worst]),
         float(error[worst]),
@@ -288,7 +302,7 @@ def compare(where, answer, bound, axes=()):
         bound.rms,
         bound.discrimination,
         hint,
-        first,
+        at(first),
         float(error[worst] / ulp(np.asarray(want[worst]), dtype)) if finite[worst] else None,
         tile,
     )

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 _TILES = (16, 32, 64, 128, 256)
 
 
-def explain(got, want, bad, axes=()):
+@dataclass(frozen=True)
+class Places:
+    """Where the elements that are compared lie in a tensor of some shape.
+
+    index: an array for each axis, which broadcast against each other.
+    """
+
+    shape: tuple
+    index: tuple
+
+    def at(self, element):
+        """The place in the tensor of a compared element."""
+        return tuple(int(np.broadcast_to(x, self.index[-1].shape)[element]) for x in self.index)
+
+    def along(self, axis, bad):
+        """The indices along an axis that are compared, and those with a failure."""
+        coordinates = np.broadcast_to(self.index[axis], bad.shape)
+        return np.unique(coordinates), np.unique(coordinates[bad])
+
+
+def explain(got, want, bad, axes=(), places=None):
     """A hint in words: where the error is and what it looks like. "" where nothing stands out.
 
     got, want: the tensors; bad: mask of the elements past their budget (none for an RMS failure).
-    axes: names of the tensor's axes.
+    axes: names of the tensor's axes. places: where the elements lie, if they are not all of them.
     """
     if not bad.any():
         return _about_values(got, want, np.isfinite(want))
-    axes = list(axes) if len(axes) == want.ndim else [f"axis {a}" for a in range(want.ndim)]
-    return "; ".join(filter(None, (_about_values(got, want, bad), *_about_places(bad, axes))))
+    shape = places.shape if places else bad.shape
+    axes = axes if len(axes) == len(shape) else [f"axis {a}" for a in range(len(shape))]
+    hints = [_about_values(got, want, bad)]
+    for axis, name in enumerate(axes):
+        compared, wrong = places.along(axis, bad) if places else _along(axis, bad)
+        hints.append(_about_axis(name, shape[axis], compared, wrong))
+    return "; ".join(filter(None, hints))
 
 
-def tile_of(bad, axes=()):
+def _along(axis, bad):
+    hit = bad.any(tuple(a for a in range(bad.ndim) if a != axis))
+    return np.arange(len(hit)), np.flatnonzero(hit)
+
+
+def tile_of(bad):
     """The largest usual tile size that the failing rows line up with, or None."""
     if bad.ndim < 2 or not bad.any():
         return None
@@ -56,42 +88,33 @@ def _about_values(got, want, bad):
     return ""
 
 
-def _about_places(bad, axes):
-    """One hint for each axis along which the failures are not everywhere."""
-    for axis, name in enumerate(axes):
-        others = tuple(a for a in range(bad.ndim) if a != axis)
-        hit = bad.any(others)
-        n, count = len(hit), int(hit.sum())
-        if n == 1 or count == n:
-            continue
-        where = np.flatnonzero(hit)
-        yield _about_axis(hit, where, name, n)
-
-
-def _about_axis(hit, where, name, n):
+def _about_axis(name, n, compared, wrong):
+    """What sets the indices with failures apart from the others that are compared, of n."""
+    if len(wrong) == len(compared):
+        return ""
+    if len(wrong) == 1:
+        return f"only {name} {wrong[0]}" + (" (the last)" if wrong[0] == n - 1 else "")
     for t in reversed(_TILES):
-        if t >= n:
-            continue
-        if len(where) > 1 and (where % t == t - 1).all():
-            return f"only the last {name} of each tile of {t}"
-        if len(where) > 1 and (where % t == 0).all():
-            return f"only the first {name} of each tile of {t}"
-    tail = next((t for t in reversed(_TILES) if n % t and where[0] == n - n % t and n > t), None)
-    if tail and hit[where[0] :].all():
-        return f"only the tail of {name} past the last whole tile of {tail}"
-    if len(where) == 1:
-        last = " (the last)" if where[0] == n - 1 else ""
-        return f"only {name} {where[0]}{last}"
-    if hit[where[0] :].all() and where[0] > 0:
-        return f"only {name} from {where[0]} on"
-    if hit[: where[-1] + 1].all():
-        return f"only {name} up to {where[-1]}"
-    if (np.diff(where) == 1).all():
-        return f"only {name} {where[0]} to {where[-1]}"
-    steps = np.unique(np.diff(where))
-    if len(steps) == 1 and len(where) > 2:
-        return f"only every {steps[0]}th {name} from {where[0]}"
-    return f"in {len(where)} of {n} {name}"
+        for side, rest in (("last", t - 1), ("first", 0)):
+            if t < n and (wrong % t == rest).all():
+                return f"only the {side} {name} of each tile of {t}"
+    low, high = wrong[0], wrong[-1]
+    between = compared[(compared >= low) & (compared <= high)]
+    if len(between) == len(wrong):
+        if high == compared[-1]:
+            tails = [t for t in reversed(_TILES) if t < n and n % t and low == n - n % t]
+            if tails:
+                return f"only the tail of {name} past the last whole tile of {tails[0]}"
+            return f"only {name} from {low} on"
+        if low == compared[0]:
+            return f"only {name} up to {high}"
+        return f"only {name} {low} to {high}"
+    steps = np.unique(np.diff(wrong))
+    if len(steps) == 1 and len(wrong) > 2:
+        return f"only every {steps[0]}th {name} from {low}"
+    if len(compared) == n:
+        return f"in {len(wrong)} of {n} {name}"
+    return f"in {len(wrong)} of the {len(compared)} {name} compared"
 
 
 def _whole_tiles(rows, t):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from .budget import root_mean_square
 from .result import Result
-from .sampled import Sampled
 
 _REPEATS = 3
 
@@ -18,18 +19,15 @@ def examine(expectation, adapter, fn, layout, deterministic=False, batch_invaria
     """
     session = expectation.open(adapter, layout)
     first = expectation.call(session, fn)
-    results = expectation.compare(first, layout)
-    damage = session.damage()
-    if damage:
-        results.append(_failure(expectation, layout, "inputs", "damage", ", ".join(damage)))
+    results = expectation.results(session, first, layout)
     if all(r.passed for r in results):
         probe = Probe(expectation, adapter, fn, layout, session, first)
         # at a large shape other content would cost another reference
-        if not isinstance(expectation, Sampled):
+        if expectation.whole:
             results += probe.unwritten() + probe.stale()
         if deterministic:
             results += probe.repeats()
-        if batch_invariant and not isinstance(expectation, Sampled):
+        if batch_invariant and expectation.whole:
             results += probe.batch()
     return results
 
@@ -89,7 +87,7 @@ class Probe:
         row, inputs, options, dys, axes = cut
         op = self.expectation.op
         session = self.adapter.open(
-            inputs, options, dys, "contiguous",
+            inputs, options, dys, self.layout,
             gradients=op.differentiable(inputs), updates=op.updates,
         )  # fmt: skip
         alone = self.expectation.call(session, self.fn)
@@ -136,7 +134,7 @@ class Probe:
         for r in failures:
             own = r.kind in ("exception", "timeout", "form")
             said = f"{hint}: {r.hint}" if r.hint else hint
-            named.append(_changed(r, kind=r.kind if own else kind, hint=said))
+            named.append(replace(r, kind=r.kind if own else kind, hint=said))
         return named
 
 
@@ -198,9 +196,3 @@ def _where_bits_differ(a, b):
 def _failure(expectation, layout, output, kind, hint):
     where = (expectation.op.name, expectation.case.name, expectation.dtype, layout, output)
     return Result(*where, False, kind, hint=hint)
-
-
-def _changed(result, **fields):
-    from dataclasses import replace
-
-    return replace(result, **fields)

@@ -22,7 +22,7 @@ from .._rounding import saturated
 from .adapters import Answer, Take
 from .budget import DTYPES, legal_arithmetics
 from .expectation import Bound, Expectation, _repeated
-from .explain import explain
+from .explain import Places
 from .result import Result
 
 ALL_RUNS = 32
@@ -161,6 +161,8 @@ class SampledContent:
 class Sampled(Expectation):
     """`Expectation` of which parts are compared."""
 
+    whole = False
+
     def arithmetics(self):
         """The legal computations; the first few hold serial and pairwise sums, of every kind."""
         runs = legal_arithmetics(self.precision)
@@ -206,16 +208,6 @@ class Sampled(Expectation):
 
     leaves_float32 = False
 
-    def judge(self, adapter, fn, layout="contiguous"):
-        """Run the candidate once; a `Result` for each tensor, and for damage to the inputs."""
-        session = self.open(adapter, layout)
-        results = self.compare(self.call(session, fn), layout)
-        damage = session.damage()
-        if damage:
-            where = (self.op.name, self.case.name, self.dtype, layout, "inputs")
-            results.append(Result(*where, False, "damage", hint=", ".join(damage)))
-        return results
-
     def open(self, adapter, layout="contiguous", draw=0):
         content = self.content(layout, draw)
         take = [
@@ -232,24 +224,16 @@ class Sampled(Expectation):
     def _shape(self, name):
         return self.op.shape(self.op.spec(self.case, name), self.op.dims(self.case))
 
+    def _places(self, content, name):
+        shape = self._shape(name)
+        return Places(shape, content.take(name).of(shape))
+
     def _tensor(self, where, part, i, content, answer):
-        name = where[-1]
-        shape, take = self._shape(name), content.take(name)
+        name, shape = where[-1], self._shape(where[-1])
         if answer.shape != shape:
             hint = f"must have shape {shape}, has {answer.shape}"
             return Result(*where, False, "shape", hint=hint)
-        compared = Answer(answer.values, answer.dtype)
-        result = super()._tensor(where, part, i, content, compared)
-        index = take.of(shape)
-
-        def whole(place):
-            return place if place is None else _place(index, place)
-
-        result = replace(result, index=whole(result.index), first=whole(result.first))
-        if result.kind in ("row", "rms", "nonfinite"):
-            bound = content.bound(part, i, answer.dtype)
-            hint = _hint(answer.values, bound, index, self._axes(name), shape)
-            return replace(result, hint=hint, tile=None)
+        result = super()._tensor(where, part, i, content, Answer(answer.values, answer.dtype))
         may = any(name in p.infinite for p in content.parts)
         may |= not np.isfinite(content.exact[part][i]).all()
         if result.passed and not answer.finite and not may:
@@ -268,8 +252,9 @@ class Sampled(Expectation):
         right = np.concatenate(right).reshape(want.shape)
         if right.all():
             return Result(*where, True, discrimination=np.inf)
-        first = tuple(map(int, np.unravel_index(np.argmin(right), want.shape)))
+        first = np.unravel_index(np.argmin(right), want.shape)
         got, wanted = float(answer.values[first]), float(want[first])
+        first = self._places(content, where[-1]).at(first)
         hint = f"is {got:g}, must be {wanted:g}"
         return Result(*where, False, "choice", first, got, wanted, hint=hint, first=first)
 
@@ -289,41 +274,3 @@ def fits(op, case):
         return True
     free = {line.split(":")[0]: line.split()[1] for line in lines}.get("MemAvailable", "inf")
     return _COPIES * op.byte_count(case, 4) < 1024 * float(free)
-
-
-def _place(index, place):
-    """Where in the whole tensor a compared element lies."""
-    return tuple(int(np.broadcast_to(axis, index[-1].shape)[place]) for axis in index)
-
-
-def _hint(got, bound, index, axes, shape):
-    """What the pattern of an error says, in words."""
-    want = bound.want
-    with np.errstate(invalid="ignore"):
-        fine = (np.abs(got - want) <= bound.budget.rows) | (got == want)
-    bad = ~(fine | (np.isnan(got) & np.isnan(want)))
-    if not bad.any():
-        return explain(got, want, bad)
-    hints = [explain(got[bad], want[bad], np.ones(int(bad.sum()), bool))]
-    for name, coordinates, n in zip(axes, index, shape):
-        coordinates = np.broadcast_to(coordinates, bad.shape)
-        hints.append(_about_axis(name, np.unique(coordinates), np.unique(coordinates[bad]), n))
-    return "; ".join(filter(None, hints))
-
-
-def _about_axis(name, compared, wrong, n):
-    """What sets the wrong indices of an axis apart from the others that were compared."""
-    if len(wrong) == len(compared):
-        return ""
-    for tile in _TILES:
-        for side, rest in (("first", 0), ("last", tile - 1)):
-            if len(wrong) > 1 and np.array_equal(wrong, compared[compared % tile == rest]):
-                return f"only the {side} {name} of each tile of {tile}"
-    if len(wrong) == 1:
-        return f"only {name} {wrong[0]}" + (" (the last)" if wrong[0] == n - 1 else "")
-    low, high = wrong[0], wrong[-1]
-    if len(wrong) == ((compared >= low) & (compared <= high)).sum():
-        if high == compared[-1]:
-            return f"only {name} from {low} on"
-        return f"only {name} up to {high}" if low == 0 else f"only {name} {low} to {high}"
-    return f"in {len(wrong)} of the {len(compared)} {name} compared"

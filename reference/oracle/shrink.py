@@ -12,7 +12,7 @@ from .sampled import expectation_of
 SECONDS = 30.0
 
 
-def shrunk(op, result, fn, adapter, seed=0, seconds=SECONDS):
+def shrunk(op, result, fn, adapter, seed=0, seconds=SECONDS, backward=True):
     """(the smallest failing case found, seconds spent). Dimensions shrink one at a time.
 
     A smaller case counts where one of its tensors fails in the same way or where it crashes alike.
@@ -25,16 +25,16 @@ def shrunk(op, result, fn, adapter, seed=0, seconds=SECONDS):
         for smaller in _smaller(op, best):
             if time.monotonic() - start > seconds:
                 return best, time.monotonic() - start
-            if fails(op, smaller, result, fn, adapter, seed):
+            if fails(op, smaller, result, fn, adapter, seed, backward):
                 best, progress = smaller, True
                 break
     return best, time.monotonic() - start
 
 
-def fails(op, case, result, fn, adapter, seed=0):
+def fails(op, case, result, fn, adapter, seed=0, backward=True):
     """Whether the candidate fails a case in the way of `result`."""
     try:
-        expectation = expectation_of(op, case, result.dtype, seed)
+        expectation = expectation_of(op, case, result.dtype, seed, backward)
         results = examine(
             expectation, adapter, fn, result.layout,
             deterministic=result.kind == "repeat", batch_invariant=result.kind == "batch",

@@ -243,7 +243,9 @@ def _decode(name, B, H, Hkv, Tq, D, page, pages, shares=(1.0, 0.45, 0.7), tags=(
 
     def lengths(n, dims, rng):
         most = dims["pages"] * dims["page"]
-        return np.array([round(shares[i % len(shares)] * most) for i in range(len(n))], n.dtype)
+        rows = np.array([round(shares[i % len(shares)] * most) for i in range(len(n))], n.dtype)
+        # in an order that is the same for all inputs of a draw
+        return np.random.default_rng(rng.bit_generator.seed_seq.entropy).permutation(rows)
 
     def cache(x, dims, rng):
         used = np.zeros((dims["P"], dims["page"]), bool)

@@ -3,7 +3,7 @@
     --cases quick|full   the catalog's cases; full is for those that quick does not show
     --every              all cases, where otherwise a mutant is done once it has failed
     --only NAME …        mutants whose name holds one of these
-    --out FILE           the record; tests/bank/mutants.json where the whole bank is run
+    --out FILE           the record; docs/oracle/mutants.json where the whole bank is run
 
 The record names the case and layout in which each mutant was first seen; the tests read it.
 """
@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Op, check
+from gaugeblock.reference.oracle.check import covering_layouts
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -30,7 +31,6 @@ from .bugs import BUGS
 from .mutants import bank
 
 RECORD = Path(__file__).parents[2] / "docs" / "oracle" / "mutants.json"
-_COVERED = ("transposed", "sliced", "expanded", "offset", "broadcast_grad")
 
 
 def op_of(mutant):
@@ -51,7 +51,7 @@ def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
     for suite, memory in passes:
         candidates = {(m.name, dtype): m.candidate() for m in mutants for dtype in m.dtypes}
         for op in dict.fromkeys(op_of(m) for m in mutants):
-            for number, case in enumerate(op.select(suite) if op else ()):
+            for case in op.select(suite) if op else ():
                 progress(op, case)
                 left = [
                     (m, dtype)
@@ -59,7 +59,7 @@ def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
                     for dtype in m.dtypes
                     if op_of(m) is op and (every or not found[m.name][dtype])
                 ]
-                alone, layouts = replace(op, cases=(case,)), _layouts(op, number, suite)
+                alone, layouts = replace(op, cases=(case,)), covering_layouts(op, case, suite)
                 with _expectations_kept():
                     for m, dtype in left:
                         for layout in layouts:
@@ -71,14 +71,6 @@ def run(mutants, cases="quick", every=False, progress=lambda op, case: None):
                             )
                             found[m.name][dtype] += report.failures[:1]
     return found
-
-
-def _layouts(op, number, cases):
-    """As `check` chooses them."""
-    covered = [x for x in _COVERED if x != "broadcast_grad" or op.differentiable()]
-    if op.updates:
-        covered.remove("expanded")
-    return ("contiguous", *(covered if cases == "full" else [covered[number % len(covered)]]))
 
 
 def _expectations_kept():

@@ -7,8 +7,7 @@ against one set of exact and legal results. The record holds, for each op, case,
 
     compared, blamed    tensors
     row, rms            largest error/budget of an element, and of the tensor's RMS
-    looseness           median budget over the 99th percentile of |error|, over all elements
-    headroom            1 over the 99th percentile of the tensors' error/budget
+    looseness           1 over the 99th percentile of the rows' largest error/budget
     discrimination      max|want|/budget of the case's best output, the smallest over seeds
 
 and the blamed variants with their ratios. An output that comes in float32 from 16-bit inputs has a
@@ -40,10 +39,11 @@ from rich.table import Table
 
 from . import legal
 
-# errors kept of each tensor, for the percentile
+# rows kept of each tensor, for the percentile
 _SAMPLED = 32
 # how often a ratio lies above these shows how the tail falls
 _LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_LOOSE = (5, 10, 20, 50)
 
 
 @dataclass
@@ -55,11 +55,10 @@ class Tally:
     row: float = 0.0
     rms: float = 0.0
     discrimination: float = np.inf
-    budgets: list = field(default_factory=list)
-    errors: list = field(default_factory=list)
     ratios: list = field(default_factory=list)
+    shares: list = field(default_factory=list)
 
-    def add(self, result, errors, variant, seed):
+    def add(self, result, shares, variant, seed):
         self.compared += 1
         if not result.passed:
             self.blamed[f"{variant}#{seed}"] = [result.kind, result.ratio]
@@ -68,26 +67,20 @@ class Tally:
         self.row = max(self.row, _ratio(result.error, result.budget))
         self.rms = max(self.rms, _ratio(result.rms_error, result.rms_budget))
         self.ratios.append(result.ratio)
-        self.budgets.append(result.budget)
-        self.errors.append(errors)
+        self.shares.append(shares)
         if result.discrimination is not None:
             self.discrimination = min(self.discrimination, result.discrimination)
 
     def summary(self):
-        errors = np.concatenate(self.errors) if self.errors else np.zeros(0)
-        p99 = float(np.quantile(errors, 0.99)) if errors.size else 0.0
-        budget = float(np.median(self.budgets)) if self.budgets else 0.0
+        shares = np.concatenate(self.shares) if self.shares else np.zeros(0)
+        p99 = float(np.quantile(shares, 0.99)) if shares.size else 0.0
         ratios = np.asarray(self.ratios)
-        most = float(np.quantile(ratios, 0.99)) if ratios.size else 0.0
         return {
             "compared": self.compared,
             "blamed": len(self.blamed),
             "row": self.row,
             "rms": self.rms,
-            "p99_error": p99,
-            "median_budget": budget,
-            "looseness": budget / p99 if p99 else None,
-            "headroom": 1 / most if most else None,
+            "looseness": 1 / p99 if p99 else None,
             "above": {str(x): int((ratios > x).sum()) for x in _LEVELS},
             "discrimination": self.discrimination if np.isfinite(self.discrimination) else None,
             "variants": dict(self.blamed),
@@ -133,18 +126,24 @@ def _judge(expectation, adapter, variant, seed, tallies, broken, rng):
     if isinstance(answers[0], str):
         broken.append([*where, variant.name, answers[1]])
         return
-    _, exact, _ = expectation.results()
-    pairs = zip([*answers[0], *answers[1]], [*exact[0], *exact[1]])
-    for result, (answer, want) in zip(results, pairs):
-        want = np.asarray(want, np.float64)
-        with np.errstate(invalid="ignore"):
-            errors = np.abs(answer.values - want).ravel()
-        errors = errors[np.isfinite(errors)]
-        if errors.size > _SAMPLED:
-            errors = errors[rng.integers(0, errors.size, _SAMPLED)]
+    content, op = expectation.content(), expectation.op
+    tensors = [(part, i, a) for part in (0, 1) for i, a in enumerate(answers[part])]
+    for result, (part, i, answer) in zip(results, tensors):
+        shares = np.zeros(0)
+        # a choice has no budget
+        if not op.accepts and answer.values.size:
+            bound = content.bound(part, i, answer.dtype)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                error = np.abs(answer.values - bound.want)
+                shares = np.where(error == 0, 0.0, error / bound.budget.rows)
+            shares = np.where(np.isfinite(shares) & ~bound.skip, shares, 0.0)
+            # the budget is a row's: so is the error
+            shares = np.atleast_1d(shares).max(-1).ravel()
+        if shares.size > _SAMPLED:
+            shares = shares[rng.integers(0, shares.size, _SAMPLED)]
         wider = "" if answer.dtype == expectation.dtype else f":{answer.dtype}"
         key = (*where, result.output + wider)
-        tallies[key].add(result, errors.astype(np.float32), variant.name, seed)
+        tallies[key].add(result, shares.astype(np.float32), variant.name, seed)
 
 
 def _ratio(error, budget):
@@ -175,7 +174,6 @@ def by_op(summaries):
         for case, s in found:
             best[case] = max(best[case], s["discrimination"] or 0.0)
         looseness = [s["looseness"] for _, s in found if s["looseness"]]
-        headroom = [s["headroom"] for _, s in found if s["headroom"]]
         best = [d for d in best.values() if d]
         rows.append({
             "op": op,
@@ -185,7 +183,7 @@ def by_op(summaries):
             "row": max(s["row"] for _, s in found),
             "rms": max(s["rms"] for _, s in found),
             "looseness": float(np.median(looseness)) if looseness else None,
-            "headroom": min(headroom, default=None),
+            "loosest": max(looseness, default=None),
             "discrimination": min(best, default=None),
         })  # fmt: skip
     return rows
@@ -194,7 +192,7 @@ def by_op(summaries):
 def totals(rows):
     """A table of `by_op`."""
     out = Table("op", "dtype", "compared", "blamed", "worst row", "worst rms", "looseness median",
-                "headroom min", "discrimination min")  # fmt: skip
+                "loosest", "discrimination min")  # fmt: skip
     for row in rows:
         out.add_row(*("-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
                       for x in row.values()))  # fmt: skip
@@ -237,12 +235,16 @@ def main():
     )
     above = {x: sum(s["above"][x] for s in summaries.values()) for x in map(str, _LEVELS)}
     console.print("error/budget above " + ", ".join(f"{x}: {n}" for x, n in above.items()))
+    figures = [s["looseness"] for s in summaries.values() if s["looseness"]]
+    loose = {x: sum(f > x for f in figures) for x in _LOOSE} | {"outputs": len(figures)}
+    console.print("looseness above " + ", ".join(f"{x}: {n}" for x, n in loose.items()))
     if given.out:
         if given.brief:
             summaries = {key: s for key, s in summaries.items() if s["blamed"]}
         record = {
             "compared": compared, "blamed": blamed, "above": above, "seconds": seconds,
             "broken": broken, "seeds": given.seeds, "variants": len(legal.VARIANTS),
+            "loose": {str(x): n for x, n in loose.items()},
             "ops": rows, "outputs": summaries,
         }  # fmt: skip
         given.out.write_text(json.dumps(record, indent=1) + "\n")
