@@ -77,7 +77,18 @@ def check(
         "timeout": timeout,
     }
     if op == "gpt":
-        report = _check_model(candidate, settings | {"expression": expression})
+        from .oracle.worker import check_apart
+
+        for name, value in (
+            ("layout", layout), ("framework", framework != "torch"), ("gradient", gradient),
+            ("deterministic", deterministic), ("batch-invariant", batch_invariant),
+            ("repro", repro),
+        ):  # fmt: skip
+            if value:
+                raise ValueError(
+                    f"check: {name} must be left out for gpt: a model has no such check"
+                )
+        report = check_apart(op, candidate, **settings, expression=expression)
     else:
         settings |= {
             "cases": cases,
@@ -120,17 +131,6 @@ def _check_op(op, candidate, settings, repro):
                 seed=settings["seed"],
             )
             report.results[i] = replace(r, repro=str(path))
-    return report
-
-
-def _check_model(candidate, settings):
-    from .oracle.model import check_model
-    from .oracle.worker import load, search_working_folder
-
-    search_working_folder()
-    settings["backward"] = settings["backward"] is not False
-    report = check_model(load(candidate, "candidate"), **settings)
-    report.candidate = candidate
     return report
 
 

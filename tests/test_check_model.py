@@ -131,7 +131,7 @@ def test_right_models_pass_in_16_bits():
     assert {r.output for r in report.results if r.case == "relu"} == {"logits", "loss"}
     assert len([r for r in report.results if r.case == "plain"]) == 30
     left_out = [line for line in report.not_checked if "in bfloat16" in line]
-    assert [line.split(" ")[0] for line in left_out] == ["relu:", "training"]
+    assert {line.split(" ")[0] for line in left_out} == {"relu:", "training"}
 
 
 def test_matrices_may_be_transposed():
@@ -311,3 +311,29 @@ def test_the_command_checks_a_model(tmp_path):
     ran = gaugeblock("check", "gpt", "mine:load", "-k", "one_token", cwd=tmp_path)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "wrong gpt one_token float32 contiguous: logits" in ran.stdout.replace("\n", " ")
+
+
+def test_a_model_that_ends_its_process_does_not_end_the_check(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os, torch\n"
+        "from gaugeblock.gpt import GPT\n"
+        "class Mine(GPT):\n"
+        "    def forward(self, idx, targets=None):\n"
+        "        if idx.shape[1] == 1:\n"
+        "            os._exit(7)\n"
+        "        return super().forward(idx, targets)\n"
+    )
+    arguments = ("-k", "one_token or narrow_ffn", "--no-backward", "--json", "out.json")
+    ran = gaugeblock("check", "gpt", "mine:Mine.from_pretrained", *arguments, cwd=tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    kinds = {r["case"]: r["kind"] for r in results}
+    assert kinds == {"one_token": "exit", "narrow_ffn": ""}
+
+
+def test_options_that_a_model_does_not_have_are_refused(tmp_path):
+    ran = gaugeblock("check", "gpt", "mine:load", "--layout", "bthd", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.strip() == (
+        "gaugeblock: check: layout must be left out for gpt: a model has no such check"
+    )

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from gaugeblock.kernels import eager
 from gaugeblock.reference.catalog import CATALOG, find
 from gaugeblock.reference.oracle import Case, Op, check
@@ -17,6 +18,7 @@ from gaugeblock.reference.oracle.golden import write_golden
 from gaugeblock.reference.oracle.repro import write_repro
 from gaugeblock.reference.oracle.result import describe
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 
 from tests.helpers import CHECKOUT, gaugeblock, python
 
@@ -275,9 +277,16 @@ def test_golden_vectors_hold_what_the_manifest_says(tmp_path):
 
 
 def test_golden_vectors_from_the_command_line(tmp_path):
-    ran = gaugeblock("golden", "out", "embedding", "-k", "odd", "--dtype", "float16", cwd=tmp_path)
+    dtypes = ("--dtype", "float16", "--dtype", "e4m3")
+    ran = gaugeblock("golden", "out", "embedding", "-k", "odd", *dtypes, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert "1 files" in ran.stdout
+    assert "2 files" in ran.stdout
+    # in eight bits there are inputs, outputs and no gradients
+    held = load_torch(tmp_path / "out" / "embedding-odd-e4m3.safetensors")
+    assert held["input.wte"].dtype == torch.float8_e4m3fn
+    rows = held["input.wte"].double()[held["input.tokens"]]
+    assert torch.equal(held["output.y"], rows + held["input.wpe"].double()[: rows.shape[-2]])
+    assert not [name for name in held if name.startswith("grad")]
     assert gaugeblock("golden", "out", "norm", cwd=tmp_path).returncode == 2
 
 

@@ -87,39 +87,74 @@ def check_model(
     timeout:    seconds that one call, of load, of the model or of a step, may take.
     Raises ValueError for a dtype, device or expression that selects nothing.
     """
-    precisions = list(map(_precision, dtypes))
-    steps = steps if backward else 0
-    training = _training(steps)
-    every = replace(MODEL, cases=(*MODEL.cases, *training.cases[: 1 if steps else 0]))
-    cases = every.select("full", expression)
-    torch = TorchAdapter(device)
-    torch.watch = lambda: time_limit(timeout)
-    report = Report(MODEL.name, name_of(load), str(device), seed, [], list(_NOT_CHECKED))
-    for p in precisions:
-        for case in cases:
-            if case in MODEL.cases:
-                jumps = backward and p.name != "float32" and "relu" in case.settings.values()
-                if jumps:
-                    report.not_checked.append(
-                        f"{case.name}: gradients in {p.name}, roundings move values past 0, where "
-                        "the slope jumps"
-                    )
-                expectation = _Expectation(MODEL, case, p.name, seed, backward and not jumps)
-                report.results += expectation.judge(_Adapter(torch, _Evaluation), load)
-            elif p.storage == np.float32:
-                expectation = _TrainingExpectation(training, case, p.name, seed, False)
-                report.results += expectation.judge(_Adapter(torch, _Training), load)
-            else:
-                report.not_checked.append(
-                    f"training in {p.name}: it keeps float32 parameters, and where they are cast "
-                    "is the candidate's choice"
-                )
-    if not report.results:
-        raise ValueError(
-            f"check: expression must select a case that {', '.join(dtypes)} has, "
-            f"{expression!r} selects none"
-        )
+    checker = ModelChecker(
+        load, dtypes=dtypes, device=device, backward=backward, seed=seed, steps=steps,
+        expression=expression, watch=lambda: time_limit(timeout),
+    )  # fmt: skip
+    report = checker.report()
+    for unit in checker.units:
+        report.results += checker.examine(unit)
     return report
+
+
+class ModelChecker:
+    """A candidate and what is to be checked of it, in units of (case, dtype, layout).
+
+    The arguments are those of `check_model`.
+    """
+
+    def __init__(
+        self, load, *, dtypes, device, backward, seed, expression, watch, steps=10
+    ):  # fmt: skip
+        self.load, self.device, self.seed, self.backward = load, str(device), seed, backward
+        self.not_checked = list(_NOT_CHECKED)
+        self.torch = TorchAdapter(device)
+        self.torch.watch = watch
+        steps = steps if backward else 0
+        self.training = _training(steps)
+        cases = (*MODEL.cases, *self.training.cases[: 1 if steps else 0])
+        self.op = replace(MODEL, cases=cases)
+        selected = self.op.select("full", expression)
+        self.units = [
+            (case, p.name, "contiguous")
+            for p in map(_precision, dtypes)
+            for case in selected
+            if self._has(case, p)
+        ]
+        if not self.units:
+            raise ValueError(
+                f"check: expression must select a case that {', '.join(dtypes)} has, "
+                f"{expression!r} selects none"
+            )
+
+    def _has(self, case, p):
+        if case in MODEL.cases or p.storage == np.float32:
+            return True
+        self.not_checked.append(
+            f"training in {p.name}: it keeps float32 parameters, and where they are cast is the "
+            "candidate's choice"
+        )
+        return False
+
+    def report(self):
+        return Report(self.op.name, name_of(self.load), self.device, self.seed, [],
+                      self.not_checked)  # fmt: skip
+
+    def examine(self, unit):
+        """The results of one unit."""
+        case, dtype, _ = unit
+        if case not in MODEL.cases:
+            expectation = _TrainingExpectation(self.training, case, dtype, self.seed, False)
+            return expectation.judge(_Adapter(self.torch, _Training), self.load)
+        jumps = self.backward and dtype != "float32" and "relu" in case.settings.values()
+        if jumps:
+            self.not_checked.append(
+                f"{case.name}: gradients in {dtype}, roundings move values past 0, where the "
+                "slope jumps"
+            )
+        backward = self.backward and not jumps
+        expectation = _Expectation(MODEL, case, dtype, self.seed, backward)
+        return expectation.judge(_Adapter(self.torch, _Evaluation), self.load)
 
 
 def _precision(name):

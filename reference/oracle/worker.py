@@ -9,6 +9,7 @@ import os
 import sys
 
 from .check import Checker, expect_op, shrink_failures
+from .model import ModelChecker
 from .op import Op
 from .result import Report, Result
 from .shrink import SECONDS
@@ -20,7 +21,8 @@ _DEVICE_FAULTS = ("CUDA error", "device-side assert", "illegal memory access", "
 def check_apart(op, candidate, *, timeout=None, shrink=False, **settings):
     """`check`, with the candidate in a process of its own.
 
-    op, candidate: "name" or "module:attribute"; the working folder is searched first.
+    op, candidate: "name" or "module:attribute"; the working folder is searched first. For the op
+                   "gpt" the settings are those of `check_model`.
     timeout:       seconds that one call of the candidate may take; None waits for ever.
     The other arguments are those of `check`. Raises ValueError where the process refuses them.
     """
@@ -122,15 +124,7 @@ def _serve(pipe, op, candidate, settings, folder):
             pipe.send(("leave", None))
 
     try:
-        row = expect_op(load(op, "op") if ":" in op else op)
-        if not isinstance(row, Op):
-            raise ValueError(f"check: op {op} must be an Op, got {type(row).__name__}")
-        fn = load(candidate, "candidate")
-        if not callable(fn):
-            raise ValueError(f"check: {candidate} must be callable, got {type(fn).__name__}")
-        if isinstance(settings.get("backward"), str):
-            settings["backward"] = load(settings["backward"], "backward")
-        checker = Checker(row, fn, watch=watch, **settings)
+        checker = _checker(op, candidate, {**settings, "watch": watch})
         checker.name = candidate
     except ModuleNotFoundError as error:
         pipe.send(("missing", error.name))
@@ -147,6 +141,22 @@ def _serve(pipe, op, candidate, settings, folder):
             pipe.send(("answer", _answer(checker, what, argument)))
         except ValueError as error:
             pipe.send(("refused", str(error)))
+
+
+def _checker(op, candidate, settings):
+    row = None
+    if op != "gpt":
+        row = expect_op(load(op, "op") if ":" in op else op)
+        if not isinstance(row, Op):
+            raise ValueError(f"check: op {op} must be an Op, got {type(row).__name__}")
+    fn = load(candidate, "candidate")
+    if not callable(fn):
+        raise ValueError(f"check: {candidate} must be callable, got {type(fn).__name__}")
+    if row is None:
+        return ModelChecker(fn, **settings)
+    if isinstance(settings.get("backward"), str):
+        settings["backward"] = load(settings["backward"], "backward")
+    return Checker(row, fn, **settings)
 
 
 def _answer(checker, what, argument):
