@@ -9,7 +9,9 @@ from gaugeblock.benchmarks import readme
 from gaugeblock.benchmarks.gate import Wrong, gate
 from gaugeblock.benchmarks.providers import bench_cases, providers
 from gaugeblock.kernels import eager
+from gaugeblock.reference._attention import visible_keys
 from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.rows.attention import _MASKS as MASKS
 
 from tests.helpers import CHECKOUT, gaugeblock, python
 
@@ -96,7 +98,13 @@ def test_flops_and_bytes_of_a_known_case():
     assert op.flop_count(case, "bwd") == 2.5 * op.flop_count(case)
     assert op.byte_count(case, 2) == 4 * (4 * 16 * 1024 * 128) * 2
     causal = next(c for c in op.cases if c.name == "gpt2_causal_1k")
-    assert op.flop_count(causal) == 4 * 8 * 12 * 64 * 1024 * 1025 / 2
+    assert op.flop_count(causal) == 4 * 32 * 12 * 64 * 1024 * 1025 / 2
+    # the pairs are counted without a mask where that is known
+    for case in op.select("full", "not lengths"):
+        sizes = op.dims(case)
+        visible = visible_keys(sizes["Tq"], sizes["Tk"], **{k: v for k, v in op.options(case).items() if k in MASKS})
+        pairs = op.flop_count(case) / (4 * sizes["B"] * sizes["H"] * sizes["D"])
+        assert pairs == pytest.approx(visible.sum() / len(visible))
 
 
 def test_a_wrong_provider_gets_no_time():

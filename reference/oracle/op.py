@@ -80,6 +80,8 @@ class Op:
     backward:  backward(dy, *inputs, **options) -> a gradient for each floating input; central
                differences where absent.
     flops:     flops(c, direction) with c.M, c.N, … and direction "fwd" or "bwd".
+    moves:     moves(c, itemsize, direction) -> compulsory bytes (read, written), where that is not
+               every tensor once.
     errors:    calls that must be refused.
     kernel:    why the catalog has no kernel for it; None where it has one, or outside the catalog.
     lacks:     an expression over the cases that the catalog's kernel cannot do yet.
@@ -100,6 +102,7 @@ class Op:
     outputs: dict = field(default_factory=lambda: {"y": ""})
     backward: Callable | None = None
     flops: Callable | None = None
+    moves: Callable | None = None
     errors: tuple = ()
     kernel: str | None = None
     lacks: str | None = None
@@ -213,23 +216,32 @@ class Op:
         """Floating-point operations of one call."""
         return self.flops(SimpleNamespace(**case.settings), direction)
 
-    def byte_count(self, case, itemsize, direction="fwd"):
-        """Compulsory traffic of one call in bytes: every tensor read or written once.
+    def traffic(self, case, itemsize, direction="fwd"):
+        """Compulsory traffic of one call, (bytes read, bytes written): every tensor once.
 
-        Forward: inputs and outputs. Backward: inputs, outputs and their gradients.
+        Forward: inputs, then outputs. Backward: inputs and output gradients, then gradients.
         """
         dims = self.dims(case)
+        if self.moves:
+            return self.moves(SimpleNamespace(**{**dims, **case.settings}), itemsize, direction)
 
-        def size(name):
-            return math.prod(self.shape(self.spec(case, name), dims))
+        def size(names):
+            return sum(
+                math.prod(self.shape(self.spec(case, name), dims)) * self._itemsize(name, itemsize)
+                for name in names
+            )
 
-        ints = sum(
-            size(name) * np.dtype(spec.dtype).itemsize
-            for name, spec in self.inputs.items()
-            if isinstance(spec, Index)
-        )
-        floats = sum(map(size, self.floating())) + size(next(iter(self.outputs)))
-        return ints + floats * itemsize * (1 if direction == "fwd" else 2)
+        if direction == "fwd":
+            return size(self.inputs), size(self.outputs)
+        return size(self.inputs) + size(self.outputs), size(self.differentiable())
+
+    def byte_count(self, case, itemsize, direction="fwd"):
+        """All compulsory traffic of one call in bytes."""
+        return sum(self.traffic(case, itemsize, direction))
+
+    def _itemsize(self, name, itemsize):
+        spec = self.inputs.get(name)
+        return np.dtype(spec.dtype).itemsize if spec and spec.dtype else itemsize
 
 
 def _matches(expression, words):

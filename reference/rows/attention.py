@@ -6,7 +6,7 @@ from .._attention import visible_keys
 from ..oracle.covering import covering
 from ..oracle.op import Case, Index, Input, Wrong
 from .attention_parts import attention_parts, paged_attention_parts
-from .row import row
+from .row import CPU, FAMILY, LARGE, SWEEP, row
 from .values import (
     all_negative,
     all_positive,
@@ -28,7 +28,29 @@ def _visible(options, Tq, Tk):
 def _attention_flops(c, direction):
     # forward q kᵀ and p v; backward those scores again and dv, dp, dq, dk
     products = 2 if direction == "fwd" else 5
-    return products * 2 * c.B * c.H * c.Tq * c.Tk * c.D * _visible(vars(c), c.Tq, c.Tk).mean()
+    return products * 2 * c.B * c.H * c.D * _visible_pairs(c)
+
+
+def _visible_pairs(c):
+    """Pairs of a query and a key that it sees, in one head."""
+    options = {k: v for k, v in vars(c).items() if k in _MASKS}
+    if options.keys() - {"causal", "window"}:
+        return float(_visible(options, c.Tq, c.Tk).mean() * c.Tq * c.Tk)
+    # a mask of all pairs would take gigabytes at the lengths that are timed
+    causal, window = options.get("causal"), options.get("window")
+    own = np.arange(c.Tq) + c.Tk - c.Tq
+    first = np.zeros_like(own) if window is None else own - window + 1
+    last = own + (0 if causal else c.Tk + c.Tq if window is None else window - 1)
+    seen = np.minimum(last, c.Tk - 1) - np.maximum(first, 0) + 1
+    return float(np.maximum(seen, 0).sum())
+
+
+def _attention_moves(c, itemsize, direction):
+    queries, keys = c.B * c.H * c.Tq * c.D, c.B * c.Hkv * c.Tk * c.D
+    lse = 4 * c.B * c.H * c.Tq if getattr(c, "return_lse", False) else 0
+    if direction == "fwd":
+        return itemsize * (queries + 2 * keys), itemsize * queries + lse
+    return itemsize * (2 * queries + 2 * keys) + lse, itemsize * (queries + 2 * keys)
 
 
 def _case(name, B, H, Tq, Tk, D, *, hidden=None, seen=None, **rest):
@@ -89,6 +111,13 @@ def _nan_seen(inputs, options):
         "dk": heads[..., None, None],
         "dv": heads[..., None, None],
     }
+
+
+def _timed(name, H, D, lengths, tags):
+    """Causal cases of so many thousand tokens, 32 thousand in all."""
+    for t in lengths:
+        yield _case(f"causal_{t}k_{name}", 32 // t, H, 1024 * t, 1024 * t, D, causal=True,
+                    tags=tags)  # fmt: skip
 
 
 def _covering_attention():
@@ -211,12 +240,26 @@ ATTENTION = row(
         _case("dropout_other_seed", 1, 2, 19, 19, 8, dropout=0.5, seed=-7),
         _case("no_queries", 1, 2, 0, 9, 8, tags=("full", "degenerate")),
         *_covering_attention(),
-        _case("gpt2_causal_1k", 8, 12, 1024, 1024, 64, causal=True, tags=("aot", "bench")),
-        _case("full_1k_d128", 4, 16, 1024, 1024, 128, tags=("aot", "bench")),
-        _case("cpu_bench", 1, 4, 256, 256, 64, causal=True, tags=("bench", "cpu")),
+        _case("gpt2_causal_1k", 32, 12, 1024, 1024, 64, causal=True, tags=("aot", *FAMILY)),
+        _case("gpt2_causal_512", 64, 12, 512, 512, 64, causal=True, tags=FAMILY),
+        _case("gpt2_causal_2k", 16, 12, 2048, 2048, 64, causal=True, tags=FAMILY),
+        _case("gpt2_xl_causal_1k", 16, 25, 1024, 1024, 64, causal=True, tags=FAMILY),
+        _case("full_1k_d128", 4, 16, 1024, 1024, 128, tags=("aot", *SWEEP)),
+        *_timed("d128", 16, 128, (2, 4, 8, 16), LARGE),
+        *_timed("d64", 12, 64, (4, 8, 16), SWEEP),
+        _case("full_4k_d128", 8, 16, 4096, 4096, 128, tags=LARGE),
+        _case("full_16k_d128", 2, 16, 16384, 16384, 128, tags=LARGE),
+        _case("banded_256_4k", 8, 12, 4096, 4096, 64, causal=True, window=256, tags=SWEEP),
+        _case("banded_1024_4k", 8, 12, 4096, 4096, 64, causal=True, window=1024, tags=SWEEP),
+        _case(
+            "grouped_4k_d128", 8, 32, 4096, 4096, 128, causal=True, Hkv=8, tags=("grouped", *SWEEP)
+        ),
+        _case("cpu_bench", 1, 4, 256, 256, 64, causal=True, tags=CPU),
+        _case("cpu_full", 2, 4, 128, 128, 64, tags=CPU),
     ],
     outputs={"o": "B H Tq D", "lse": "B H Tq"},
     flops=_attention_flops,
+    moves=_attention_moves,
     errors=(
         Wrong("k_head_dim", "k must have shape", shapes={"k": (2, 2, 33, 15)}),
         Wrong("v_length", "v must have shape", shapes={"v": (2, 2, 32, 16)}),
@@ -232,13 +275,17 @@ ATTENTION = row(
 )
 
 
+# how full the caches of a batch are, turn about
+_SHARES = (1.0, 0.45, 0.7)
+
+
 def _pages(dims):
     """Every row has pages of its own, in no order: (B, pages)."""
     order = np.random.default_rng(0).permutation(dims["P"])
     return order[: dims["B"] * dims["pages"]].reshape(dims["B"], dims["pages"])
 
 
-def _decode(name, B, H, Hkv, Tq, D, page, pages, shares=(1.0, 0.45, 0.7), tags=(), **options):
+def _decode(name, B, H, Hkv, Tq, D, page, pages, shares=_SHARES, tags=(), **options):
     """A decoding case; what a page holds past its row's length is NaN, and so are spare pages."""
 
     def lengths(n, dims, rng):
@@ -265,8 +312,19 @@ def _decode(name, B, H, Hkv, Tq, D, page, pages, shares=(1.0, 0.45, 0.7), tags=(
     return Case(name, **sizes, P=B * pages + 2, values=values, tags=tags, **options)
 
 
+def _decode_keys(c):
+    """Keys in the caches of all rows, where they are as full as usual."""
+    most = c.pages * c.page
+    return sum(round(_SHARES[i % len(_SHARES)] * most) for i in range(c.B))
+
+
 def _decode_flops(c, direction):
-    return 4 * c.B * c.H * c.Tq * c.pages * c.page * c.D
+    return 4 * c.H * c.Tq * c.D * _decode_keys(c)
+
+
+def _decode_moves(c, itemsize, direction):
+    queries, keys = c.B * c.H * c.Tq * c.D, c.Hkv * c.D * _decode_keys(c)
+    return itemsize * (queries + 2 * keys) + 4 * c.B * (c.pages + 1), itemsize * queries
 
 
 PAGED_ATTENTION = row(
@@ -295,11 +353,13 @@ PAGED_ATTENTION = row(
         _decode("scale", 2, 2, 2, 1, 8, 16, 2, scale=0.8),
         _decode("head_dim_over_a_tile", 2, 2, 2, 1, 65, 16, 3),
         _decode("long_row", 1, 1, 1, 1, 8, 128, 20, tags=("full",)),
-        _decode("gpt2_decode", 32, 12, 12, 1, 64, 16, 128, tags=("aot", "bench")),
-        _decode("cpu_bench", 4, 4, 4, 1, 64, 16, 32, tags=("bench", "cpu")),
+        _decode("gpt2_decode", 32, 12, 12, 1, 64, 16, 128, tags=("aot", *FAMILY)),
+        _decode("long_decode", 64, 32, 8, 1, 128, 64, 256, tags=LARGE),
+        _decode("cpu_bench", 4, 4, 4, 1, 64, 16, 32, tags=CPU),
     ],
     outputs={"o": "B H Tq D"},
     flops=_decode_flops,
+    moves=_decode_moves,
     errors=(
         Wrong("k_head_dim", "k_pages must have shape", shapes={"k_pages": (14, 2, 16, 15)}),
         Wrong("v_pages", "v_pages must have shape", shapes={"v_pages": (14, 2, 15, 16)}),

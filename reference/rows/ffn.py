@@ -4,7 +4,7 @@ import numpy as np
 
 from ..oracle.op import Case, Input, Wrong
 from .parts import ffn_parts
-from .row import row
+from .row import CPU, FAMILY, LARGE, SWEEP, row
 from .values import outlier_row, spread_by_10, tiny
 
 
@@ -68,9 +68,15 @@ FFN = row(
         Case("one_over_a_tile", M=33, C=65, F=129),
         # more than one group of 8 tiles of 128 rows
         Case("rows_over_a_group", M=1100, C=17, F=24),
-        Case("gpt2_width", M=8192, C=768, F=3072, tags=("aot", "bench")),
-        Case("gpt2_xl_width", M=8192, C=1600, F=6400, tags=("aot", "bench")),
-        Case("cpu_bench", M=256, C=256, F=1024, tags=("bench", "cpu")),
+        Case("gpt2_width", M=8192, C=768, F=3072, tags=("aot", *FAMILY)),
+        Case("gpt2_medium_width", M=8192, C=1024, F=4096, tags=FAMILY),
+        Case("gpt2_large_width", M=8192, C=1280, F=5120, tags=FAMILY),
+        Case("gpt2_xl_width", M=8192, C=1600, F=6400, tags=("aot", *FAMILY)),
+        Case("gpt3_6.7b_width", M=8192, C=4096, F=16384, tags=LARGE),
+        Case("gpt3_175b_width", M=2048, C=12288, F=49152, tags=LARGE),
+        Case("one_token", M=1, C=1600, F=6400, tags=SWEEP),
+        Case("sixteen_tokens", M=16, C=1600, F=6400, tags=SWEEP),
+        Case("cpu_bench", M=256, C=256, F=1024, tags=CPU),
     ],
     outputs={"y": "M C"},
     batch="M",

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..oracle.op import Case, Index, Input, Wrong
 from .parts import cross_entropy_parts, linear_cross_entropy_parts
-from .row import row
+from .row import CPU, FAMILY, LARGE, SWEEP, row
 from .values import (
     all_ignored,
     all_negative,
@@ -110,8 +110,10 @@ CROSS_ENTROPY = row(
             values={"logits": _first_140_masked_logits, "targets": _past_140},
         ),
         Case("no_rows", M=0, V=12, reduction="sum", tags=("degenerate", "full")),
-        Case("gpt2_vocabulary", M=8192, V=50257, tags=("aot", "bench")),
-        Case("cpu_bench", M=64, V=50257, tags=("bench", "cpu")),
+        Case("gpt2_vocabulary", M=8192, V=50257, tags=("aot", *FAMILY)),
+        Case("gpt2_padded_vocabulary", M=8192, V=50304, tags=FAMILY),
+        Case("gpt2_many_tokens", M=32768, V=50257, tags=SWEEP),
+        Case("cpu_bench", M=64, V=50257, tags=CPU),
     ],
     outputs={"loss": ""},
     flops=lambda c, direction: c.M * c.V * 4,
@@ -203,8 +205,9 @@ LINEAR_CROSS_ENTROPY = row(
             values={"b": _first_140_masked, "targets": _past_140},
         ),
         Case("no_rows", M=0, C=8, V=12, reduction="sum", tags=("degenerate", "full")),
-        Case("gpt2_head", M=8192, C=768, V=50257, values=_NO_B, tags=("aot", "bench")),
-        Case("cpu_bench", M=64, C=256, V=8191, values=_NO_B, tags=("bench", "cpu")),
+        Case("gpt2_head", M=8192, C=768, V=50257, values=_NO_B, tags=("aot", *FAMILY)),
+        Case("gpt2_xl_head", M=8192, C=1600, V=50257, values=_NO_B, tags=LARGE),
+        Case("cpu_bench", M=64, C=256, V=8191, values=_NO_B, tags=CPU),
     ],
     outputs={"loss": ""},
     # backward the logits again, dx and dw

@@ -2,7 +2,7 @@
 
 from ..oracle.op import Case, Wrong
 from .parts import layer_norm_parts, residual_layer_norm_parts
-from .row import row
+from .row import CPU, FAMILY, LARGE, SWEEP, row
 from .values import (
     all_negative,
     constant_rows,
@@ -32,9 +32,12 @@ LAYER_NORM = row(
         Case("no_rows", M=0, N=16, tags=("degenerate", "full")),
         Case("tiny", M=5, N=40, values={"x": tiny}),
         Case("negative", M=5, N=40, values={"x": all_negative}),
-        Case("gpt2_width", M=4096, N=768, tags=("aot", "bench")),
-        Case("gpt2_xl_width", M=4096, N=1600, tags=("aot", "bench")),
-        Case("cpu_bench", M=1024, N=768, tags=("bench", "cpu")),
+        Case("gpt2_width", M=32768, N=768, tags=("aot", *FAMILY)),
+        Case("gpt2_xl_width", M=32768, N=1600, tags=("aot", *FAMILY)),
+        Case("gpt3_6.7b_width", M=8192, N=4096, tags=LARGE),
+        Case("gpt3_175b_width", M=8192, N=12288, tags=LARGE),
+        Case("few_rows", M=1024, N=768, tags=SWEEP),
+        Case("cpu_bench", M=1024, N=768, tags=CPU),
     ],
     outputs={"y": "M N"},
     batch="M",
@@ -76,9 +79,10 @@ RESIDUAL_LAYER_NORM = row(
         Case("eps", M=4, N=20, eps=0.5),
         Case("rank_three", B=3, T=5, N=20, shapes=dict.fromkeys("xryh", "B T N")),
         Case("no_rows", M=0, N=16, tags=("degenerate", "full")),
-        Case("gpt2_width", M=8192, N=768, tags=("aot", "bench")),
-        Case("gpt2_xl_width", M=8192, N=1600, tags=("aot", "bench")),
-        Case("cpu_bench", M=1024, N=768, tags=("bench", "cpu")),
+        Case("gpt2_width", M=32768, N=768, tags=("aot", *FAMILY)),
+        Case("gpt2_xl_width", M=32768, N=1600, tags=("aot", *FAMILY)),
+        Case("gpt3_6.7b_width", M=8192, N=4096, tags=LARGE),
+        Case("cpu_bench", M=1024, N=768, tags=CPU),
     ],
     outputs={"y": "M N", "h": "M N"},
     batch="M",

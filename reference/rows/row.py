@@ -6,6 +6,11 @@ from importlib import import_module
 
 from ..oracle.op import Op
 
+# what is timed: the family's own shapes first, then large ones, then those that complete a curve
+FAMILY, LARGE, SWEEP = ("bench", "family"), ("bench", "large"), ("bench", "sweep")
+# what is timed where there is no GPU
+CPU = ("bench", "cpu")
+
 
 def row(name, inputs, cases, **rest):
     """The op whose formula and gradient are `NAME` and `NAME_backward` in `_NAME.py`."""

@@ -7,7 +7,7 @@ import numpy as np
 from .._sample import cumulative, distribution
 from ..oracle.op import Case, Input, Wrong
 from .parts import sample_parts
-from .row import row
+from .row import CPU, FAMILY, LARGE, row
 from .values import all_negative, constant_rows, outlier_row, spread_by_100, tiny, zeros
 
 
@@ -170,9 +170,9 @@ SAMPLE = row(
         _sample_case("constant_rows", 9, 77, values={"logits": constant_rows}),
         _sample_case("no_rows", 0, 16, tags=("degenerate", "full")),
         _sample_case("gpt2_vocabulary", 64, 50257, temperature=0.8, top_k=200, top_p=0.95,
-                     tags=("aot", "bench")),
-        _sample_case("gpt2_full_batch", 8192, 50257, tags=("aot", "bench")),
-        _sample_case("cpu_bench", 4, 50257, temperature=0.8, top_k=200, tags=("bench", "cpu")),
+                     tags=("aot", *FAMILY)),
+        _sample_case("gpt2_full_batch", 8192, 50257, tags=("aot", *LARGE)),
+        _sample_case("cpu_bench", 4, 50257, temperature=0.8, top_k=200, tags=CPU),
     ],
     outputs={"token": "M"},
     batch="M",

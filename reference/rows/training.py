@@ -2,7 +2,7 @@
 
 from ..oracle.op import Case, Input, Wrong
 from .parts import adamw_parts, dropout_parts
-from .row import row
+from .row import CPU, FAMILY, SWEEP, row
 from .values import all_negative, offset_64, outlier_row, tiny, zeros
 
 DROPOUT = row(
@@ -30,8 +30,8 @@ DROPOUT = row(
         Case("nothing_dropped", M=5, N=77, p=0.0, seed=7, tags=("degenerate",)),
         Case("all_dropped", M=5, N=77, p=1.0, seed=7, tags=("degenerate",)),
         Case("no_rows", M=0, N=16, p=0.5, seed=1, tags=("degenerate", "full")),
-        Case("gpt2_width", M=8192, N=768, p=0.1, seed=1, tags=("aot", "bench")),
-        Case("cpu_bench", M=1024, N=768, p=0.1, seed=1, tags=("bench", "cpu")),
+        Case("gpt2_width", M=32768, N=768, p=0.1, seed=1, tags=("aot", *FAMILY)),
+        Case("cpu_bench", M=1024, N=768, p=0.1, seed=1, tags=CPU),
     ],
     outputs={"y": "M N"},
     flops=lambda c, direction: c.M * c.N,
@@ -106,10 +106,10 @@ ADAMW = row(
         _adamw_case("negative", 5, 40, values=dict.fromkeys("pgm", all_negative)),
         _adamw_case("offset_64", 5, 40, values={"p": offset_64}),
         _adamw_case("no_rows", 0, 16, tags=("degenerate", "full")),
-        _adamw_case("gpt2_mlp", 768, 3072, **_TRAINED, tags=("aot", "bench")),
+        _adamw_case("gpt2_mlp", 768, 3072, **_TRAINED, tags=("aot", *SWEEP)),
         # 124,439,808 parameters, as rows of the model's width
-        _adamw_case("gpt2_parameters", 162_031, 768, **_TRAINED, tags=("bench",)),
-        _adamw_case("cpu_bench", 768, 768, **_TRAINED, tags=("bench", "cpu")),
+        _adamw_case("gpt2_parameters", 162_031, 768, **_TRAINED, tags=FAMILY),
+        _adamw_case("cpu_bench", 768, 768, **_TRAINED, tags=CPU),
     ],
     outputs={"p": "M N", "m": "M N", "v": "M N"},
     updates={"p": "p", "m": "m", "v": "v"},
