@@ -17,7 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from gaugeblock.benchmarks import telemetry
+
+from . import telemetry
 
 SCHEMA = 1
 NAME = "record.json"

@@ -1,90 +1,65 @@
-"""`pytest benchmarks`: the catalog's bench cases, each provider gated by parity, then timed.
+"""`pytest benchmarks`: the catalog's timed cases under pytest-benchmark, each behind the gate.
 
-On a CPU: the NumPy reference, the eager twins and plain torch. On a GPU: the Triton kernels, the
-eager twins and plain torch.
+The same cases, providers and clock as `gaugeblock bench`, one test for each.
 """
 
-import numpy as np
+import functools
+
 import pytest
 import torch
-from gaugeblock.benchmarks.gate import Wrong, gate
-from gaugeblock.benchmarks.providers import bench_cases, providers, torch_inputs
-from gaugeblock.reference.catalog import CATALOG
-
-from gaugeblock import reference
+from gaugeblock.benchmarks import ceilings, honesty, roofline
+from gaugeblock.benchmarks.bench import DIRECTIONS
+from gaugeblock.benchmarks.calls import Contender, InputSets
+from gaugeblock.benchmarks.gate import Gate, Refused
+from gaugeblock.benchmarks.plan import planned
+from gaugeblock.benchmarks.providers import OURS, load
+from gaugeblock.benchmarks.pytest_timer import AdvancingTimer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if DEVICE == "cuda" else "float32"
+TIMER = AdvancingTimer(DEVICE)
+PROVIDERS = {p.name: p for p in load(DEVICE)[0] if not p.slow_start}
 POINTS = [
-    pytest.param(op, case, provider, direction, id=f"{op}-{case.name}-{direction}-{provider}")
-    for op in CATALOG
-    for case in bench_cases(op, DEVICE)
-    for direction in ("fwd", "bwd")
-    for provider in providers(op, DEVICE)
+    pytest.param(op, case, name, direction, id=f"{op.name}-{case.name}-{direction}-{name}")
+    for op, case in planned((), "quick", DEVICE)
+    for direction in (DIRECTIONS if op.differentiable() else DIRECTIONS[:1])
+    for name, provider in PROVIDERS.items()
+    if not provider.cannot(op, case, DTYPE, direction)
 ]
 
 
-@pytest.mark.parametrize(("op", "case", "provider", "direction"), POINTS)
-def test_time(benchmark, op, case, provider, direction):
-    fn = providers(op, DEVICE)[provider]
-    row = CATALOG[op]
-    options = row.options(case)
-    if provider == "reference":
-        # the reference is what the others are gated against
-        run = _reference_call(row, case, options, direction)
-    else:
-        try:
-            gate(op, case, DTYPE, fn, DEVICE)
-        except Wrong as wrong:
-            if provider in ("gaugeblock", "eager"):
-                raise
-            # somebody else's defect: no time for it, and no failure of ours
-            pytest.skip(f"not timed, {provider} is wrong: {wrong}")
-        run = _torch_call(
-            fn, torch_inputs(op, case, getattr(torch, DTYPE), DEVICE), options, direction
-        )
-    itemsize = 8 if provider == "reference" else getattr(torch, DTYPE).itemsize
-    benchmark.group = f"{op} {case.name} {direction}"
-    benchmark.extra_info.update(
-        provider=provider,
-        dtype="float64" if provider == "reference" else DTYPE,
-        flops=row.flop_count(case, direction),
-        bytes=row.byte_count(case, itemsize, direction),
-    )
-    benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+@functools.lru_cache(maxsize=1)
+def gate(op, case):
+    return Gate(op, case, DTYPE, DEVICE)
 
 
-def _torch_call(fn, tensors, options, direction):
-    """A call that returns when the device is done."""
-
-    def done():
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    if direction == "fwd":
-
-        def run():
-            with torch.no_grad():
-                fn(*tensors, **options)
-            done()
-
-        return run
-    y = fn(*tensors, **options)
-    floating = [t for t in tensors if t.requires_grad]
-    dy = torch.randn_like(y)
-
-    def run():
-        torch.autograd.grad(y, floating, dy, retain_graph=True)
-        done()
-
-    return run
+@pytest.fixture(scope="session")
+def measured():
+    return ceilings.measure(DEVICE, budget_s=5.0)
 
 
-def _reference_call(row, case, options, direction):
-    inputs = row.draw(case, np.random.default_rng(0)).values()
-    forward = getattr(reference, row.name)
-    if direction == "fwd":
-        return lambda: forward(*inputs, **options)
-    y, cache = forward(*inputs, **options)
-    backward, dy = getattr(reference, f"{row.name}_backward"), np.ones_like(y)
-    return lambda: backward(dy, cache)
+@pytest.mark.benchmark(timer=TIMER)
+@pytest.mark.parametrize(("op", "case", "name", "direction"), POINTS)
+def test_time(benchmark, measured, op, case, name, direction):
+    fn = PROVIDERS[name].ops[op.name]
+    both = not PROVIDERS[name].cannot(op, case, DTYPE, "bwd")
+    try:
+        gate(op, case).check(fn, both)
+        sets = InputSets(gate(op, case).expectation, DEVICE)
+        contender = Contender(name, fn, sets, direction)
+        honesty.before(contender, sets)
+        honesty.clocks()
+    except Refused as refused:
+        if name == OURS:
+            raise
+        # somebody else's defect: no time for it, and no failure of ours
+        pytest.skip(f"not timed, {refused}")
+    itemsize = getattr(torch, DTYPE).itemsize
+    moved, flops = op.byte_count(case, itemsize, direction), op.flop_count(case, direction)
+    roof_ms, roof = roofline.roof(measured, DTYPE, moved, flops)
+    benchmark.group = f"{op.name} {case.name} {direction}"
+    benchmark.pedantic(TIMER.timed(lambda: contender.run(0)), rounds=10, warmup_rounds=2)
+    benchmark.extra_info.update(provider=name, dtype=DTYPE, flops=flops, bytes=moved, roof=roof)
+    if benchmark.stats:
+        median_ms = 1e3 * benchmark.stats.stats.median
+        benchmark.extra_info["percent_of_roof"] = 100 * roof_ms / median_ms

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from gaugeblock.benchmarks.gate import Wrong, gate
+from gaugeblock.benchmarks.gate import Gate, Refused
 from gaugeblock.kernels import eager
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Case, Op, check
@@ -398,10 +398,11 @@ def test_the_gate_runs_the_very_shape():
         y = eager.layer_norm(x, w, b, eps)
         return torch.cat([y[:-1], 1.01 * y[-1:]])
 
-    assert all(r.passed for r in gate("layer_norm", case, "float32", fn, "cpu"))
-    assert shapes == [(4096, 768)]
-    with pytest.raises(Wrong, match=r"only M 4095 \(the last\)"):
-        gate("layer_norm", case, "float32", last_row_wrong, "cpu")
+    gate = Gate(CATALOG["layer_norm"], case, "float32", "cpu")
+    assert all(r.passed for r in gate.check(fn))
+    assert shapes == [(32768, 768), (8192, 192)]
+    with pytest.raises(Refused, match=r"only M 32767 \(the last\)"):
+        gate.check(last_row_wrong)
 
 
 @pytest.mark.slow

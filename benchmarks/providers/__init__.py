@@ -5,7 +5,7 @@ A file of this folder defines `NAMES`, the names of its providers, and
     load(device) -> [Provider]      for "cpu" or "cuda"
 
 which raises `Unavailable` with the reason where its library is missing or has nothing for that
-device. Adding a peer is adding such a file.
+device. Adding a peer is adding such a file; those that begin with an underscore are shared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from pkgutil import iter_modules
+
+import torch
 
 OURS = "gaugeblock"
 
@@ -28,7 +31,7 @@ def everything(op, case, dtype, direction):
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Provider:
     """One implementation of some ops.
 
@@ -37,8 +40,10 @@ class Provider:
     ops:     {op: function with the op's public signature}: tensors by position, options by keyword.
              An option that the function does not declare is one that it cannot do.
     limits:  limits(op, case, dtype, direction) -> why it cannot do that, or None; op is the
-             catalog's row.
+             catalog's row, dtype a name such as "bfloat16". What a library finds out by itself
+             it may leave to an exception.
     note:    what the name does not say, for the report.
+    slow_start: whether it compiles or searches for many seconds before its first answer.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Provider:
     ops: dict[str, Callable]
     limits: Callable = everything
     note: str = ""
+    slow_start: bool = False
 
     def cannot(self, op, case, dtype, direction):
         """Why this provider is not asked for a case, or None."""
@@ -60,9 +66,12 @@ class Provider:
 def load(device, names=None):
     """([Provider], {name: why it is not available}) on "cpu" or "cuda".
 
-    names: those that are wanted; ours first in any case. Raises ValueError for an unknown name.
+    names: those that are wanted; all by default. Ours is first. Raises ValueError for an unknown
+    device or name.
     """
-    modules = [import_module(f".{m.name}", __package__) for m in iter_modules(__path__)]
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
+    modules = _modules()
     known = [name for module in modules for name in module.NAMES]
     for name in names or ():
         if name not in known:
@@ -70,6 +79,8 @@ def load(device, names=None):
                 f"bench: provider must be one of {', '.join(sorted(known))}, got {name!r}"
             )
     wanted, found, missing = set(names or known), [], {}
+    if device == "cuda" and not torch.cuda.is_available():
+        return [], dict.fromkeys(sorted(wanted), "needs a CUDA device, and there is none")
     for module in modules:
         if not wanted & set(module.NAMES):
             continue
@@ -80,6 +91,26 @@ def load(device, names=None):
     absent = wanted - {p.name for p in found} - set(missing)
     missing |= dict.fromkeys(absent, f"has nothing for {device}")
     return sorted(found, key=lambda p: p.name != OURS), missing
+
+
+def library(module, package):
+    """(a module of a package that may not be here, the package's version), or `Unavailable`."""
+    try:
+        return import_module(module), version(package)
+    except Exception as error:
+        # a broken installation may raise anything
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        why = "is not installed" if absent else f"cannot be imported: {said}"
+        raise Unavailable(f"needs {package}, which {why}") from None
+
+
+def _modules():
+    return [
+        import_module(f".{m.name}", __package__)
+        for m in iter_modules(__path__)
+        if not m.name.startswith("_")
+    ]
 
 
 def _declared(fn):

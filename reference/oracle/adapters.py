@@ -166,7 +166,7 @@ class Session:
                 raise WrongForm(f"must return tensors, returned {type(output).__name__}")
         return outputs
 
-    def _answers(self, tensors, part):
+    def answers(self, tensors, part):
         """`Answer` of each output (part 0) or gradient (part 1)."""
         if self.take is None:
             return [self._answer(t) for t in tensors]
@@ -242,7 +242,7 @@ class NumpySession(Session):
         kind = self.xp.ndarray | np.generic
         with self.adapter.watch():
             outputs = self._outputs(fn(*arrays, **self.options), kind)
-            answers = self._answers(outputs, 0)
+            answers = self.answers(outputs, 0)
             if self.dys is None:
                 return answers, []
             seeds = [self._cotangent(dy, y) for dy, y in zip(self.dys, outputs)]
@@ -251,7 +251,7 @@ class NumpySession(Session):
             seed = tuple(seeds) if len(seeds) > 1 else seeds[0]
             grads = self.adapter.backward(seed, *arrays, **self.options)
             grads = self._outputs(grads, kind)
-        return answers, self._answers(grads, 1)
+        return answers, self.answers(grads, 1)
 
     def _answer(self, x):
         host = np.asarray(x.get() if hasattr(x, "get") else x)
@@ -322,12 +322,12 @@ class TorchPlaced(Placed):
         super().__init__(x, layout, self._wrap)
 
     def _wrap(self, storage, offset, shape, strides):
-        flat = _as_torch(self.torch, storage).to(self.device)
+        flat = as_torch(self.torch, storage).to(self.device)
         return flat, flat.as_strided(shape, strides, offset)
 
     def fill(self, x):
         with self.torch.no_grad():
-            x = _as_torch(self.torch, np.ascontiguousarray(x).reshape(x.shape))
+            x = as_torch(self.torch, np.ascontiguousarray(x).reshape(x.shape))
             # an expanded tensor has one row to fill
             view = self.tensor.detach()
             if 0 in view.stride()[:1] and view.shape[0] > 1:
@@ -374,7 +374,7 @@ class TorchSession(Session):
                     raise WrongForm(
                         f"must return tensors on {tensors[0].device}, one on {y.device}"
                     )
-            answers = self._answers(outputs, 0)
+            answers = self.answers(outputs, 0)
             if self.dys is None:
                 return answers, []
             seeds = [self._seed(dy, y) for dy, y in zip(self.dys, outputs)]
@@ -382,7 +382,7 @@ class TorchSession(Session):
                 seed = tuple(seeds) if len(seeds) > 1 else seeds[0]
                 with torch.no_grad():
                     grads = own(seed, *tensors, **self.options)
-                return answers, self._answers(self._outputs(grads, torch.Tensor), 1)
+                return answers, self.answers(self._outputs(grads, torch.Tensor), 1)
             paths = [(y, dy) for y, dy in zip(outputs, seeds) if y.requires_grad]
             grads = [None] * len(floating)
             if paths:
@@ -390,13 +390,13 @@ class TorchSession(Session):
                 grads = torch.autograd.grad(ys, floating, dys, allow_unused=True)
             # an output without a gradient path counts as zero gradients
             grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, floating)]
-            return answers, self._answers(grads, 1)
+            return answers, self.answers(grads, 1)
 
     def _seed(self, dy, y):
         """The output gradient in memory of its own, or one value expanded to all."""
         torch = self.adapter.torch
         dy = np.array(self._cotangent(dy, y), order="C")
-        dy = _as_torch(torch, dy).to(y.device, y.dtype)
+        dy = as_torch(torch, dy).to(y.device, y.dtype)
         one = self.layout == "broadcast_grad" and dy.numel() > 0
         values = _as_numpy(dy.flatten()[:1] if one else dy)
         layout = self.layout if self.layout in ("transposed", "sliced", "offset") else "contiguous"
@@ -510,7 +510,7 @@ class JaxSession(Session):
                 outputs = call(*varied)
             else:
                 outputs, pull = jax.vjp(call, *varied)
-            answers = self._answers(outputs, 0)
+            answers = self.answers(outputs, 0)
             if self.dys is None:
                 return answers, []
             seeds = tuple(
@@ -521,7 +521,7 @@ class JaxSession(Session):
             else:
                 seed = seeds if len(seeds) > 1 else seeds[0]
                 grads = self._outputs(own(seed, *arrays.values(), **self.options), jax.Array)
-        return answers, self._answers(grads, 1)
+        return answers, self.answers(grads, 1)
 
     def _answer(self, x):
         return Answer(self._turn(np.asarray(x).astype(np.float64)), x.dtype.name)
@@ -583,7 +583,7 @@ def _damage(changed, outside):
     return [*found, "wrote outside"] if outside else found
 
 
-def _as_torch(torch, x):
+def as_torch(torch, x):
     """The tensor of an array, bytes unchanged; on a CPU they share memory."""
     names = {
         "bfloat16": (np.int16, "bfloat16"),

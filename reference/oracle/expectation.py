@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import replace
 from functools import cached_property
 
@@ -158,12 +157,13 @@ class Expectation:
 
     def results(self, session, answers, layout="contiguous"):
         """A `Result` for each output and gradient, and one for damage to the caller's memory."""
-        results = self.compare(answers, layout)
-        damage = session.damage()
-        if damage:
-            where = (self.op.name, self.case.name, self.dtype, layout, "inputs")
-            results.append(Result(*where, False, "damage", hint=", ".join(damage)))
-        return results
+        return self.compare(answers, layout) + self.damage(session, layout)
+
+    def damage(self, session, layout="contiguous"):
+        """A `Result` for what a call wrote where it may not, if it did."""
+        found = session.damage()
+        where = (self.op.name, self.case.name, self.dtype, layout, "inputs")
+        return [Result(*where, False, "damage", hint=", ".join(found))] if found else []
 
     def open(self, adapter, layout="contiguous", draw=0):
         """The candidate's arguments in memory."""
@@ -183,24 +183,34 @@ class Expectation:
         except TimeoutError as error:
             return "timeout", str(error)
         except (Exception, SystemExit) as error:
-            hint = "".join(traceback.format_exception_only(error)).strip()
-            return "exception", hint.splitlines()[-1] if "\n" in hint else hint
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            # where it happened comes first in some messages, and what in others
+            said = " … ".join(dict.fromkeys((*lines[:1], *lines[-1:])))
+            return "exception", f"{type(error).__name__}: {said}" if said else type(error).__name__
 
     def compare(self, answers, layout="contiguous", draw=0):
         """The answers of a call against the budgets of their content."""
-        where = (self.op.name, self.case.name, self.dtype, layout)
         if isinstance(answers[0], str):
-            return [Result(*where, "outputs", False, answers[0], hint=answers[1])]
+            where = (self.op.name, self.case.name, self.dtype, layout, "outputs")
+            return [Result(*where, False, answers[0], hint=answers[1])]
+        outputs = self.compare_part(0, answers[0], layout, draw)
+        # with too few outputs there is nothing to say of gradients
+        if outputs and outputs[-1].kind == "form":
+            return outputs
+        return outputs + self.compare_part(1, answers[1], layout, draw)
+
+    def compare_part(self, part, got, layout="contiguous", draw=0):
+        """The answers of the outputs (part 0) or of the gradients (part 1) against theirs."""
+        where = (self.op.name, self.case.name, self.dtype, layout)
         content = self.content(layout, draw)
-        results = []
-        for part in (0, 1):
-            wants, got = content.exact[part], answers[part]
-            if len(wants) != len(got):
-                hint = f"must return {len(wants)} tensors, returned {len(got)}"
-                return [*results, Result(*where, "outputs", False, "form", hint=hint)]
-            for i, (name, answer) in enumerate(zip(content.names(part), got)):
-                results.append(self._tensor((*where, name), part, i, content, answer))
-        return results
+        wants = content.exact[part]
+        if len(wants) != len(got):
+            hint = f"must return {len(wants)} tensors, returned {len(got)}"
+            return [Result(*where, "outputs", False, "form", hint=hint)]
+        return [
+            self._tensor((*where, name), part, i, content, answer)
+            for i, (name, answer) in enumerate(zip(content.names(part), got))
+        ]
 
     def _tensor(self, where, part, i, content, answer):
         allowed = (self.storage.name,) if part else self.precision.results

@@ -1,0 +1,278 @@
+"""`gaugeblock bench`: parity, then time, then a record."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import ceilings, honesty, roofline, timing
+from .calls import Contender, InputSets
+from .gate import Gate, Refused, free_memory
+from .plan import planned
+from .providers import OURS
+from .providers import load as load_providers
+from .record import Writer, new_record
+from .telemetry import Telemetry, summed_up
+
+DTYPES = ("float32", "float16", "bfloat16")
+DIRECTIONS = ("fwd", "bwd")
+# the share of the budget that the ceilings may take, before and after
+_CEILINGS = 0.1
+# a case gets this share of what is left at least: rather few cases than none well
+_LEAST_SHARE = 1 / 16
+# seconds that are spent on timing in any case, however long the rest took
+_LEAST_TIMED_S = 0.5
+_DRIFT = 0.02
+_ENERGY_S = 0.3
+
+
+def bench(ops=(), *, suite="quick", providers=None, dtypes=None, direction="both", out=None,
+          budget_s=None, device=None, seed=0, say=print):  # fmt: skip
+    """Time every provider of the ops on a suite's cases; the record, which is also in `out`.
+
+    ops:       names from the catalog; all by default.
+    suite:     "quick" (the family's shapes) or "full"; a CPU has cases of its own.
+    providers: names; by default all, in "quick" without those that take long to start.
+    dtypes:    of float32, float16, bfloat16; bfloat16 on a GPU and float32 on a CPU by default.
+    direction: "fwd", "bwd" or "both".
+    out:       a folder; one under runs/ by default.
+    budget_s:  seconds for everything; 480 on a GPU, 60 on a CPU by default. What does not fit is
+               named in the record.
+    Raises ValueError for a name that is none.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = _Run(ops, suite, providers, dtypes, direction, device, budget_s, seed, say)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return run.into(Path(out) if out else Path("runs") / f"bench-{stamp}")
+
+
+class _Run:
+    def __init__(self, ops, suite, names, dtypes, direction, device, budget_s, seed, say):
+        self.device, self.seed, self.say = device, seed, say
+        self.started = time.monotonic()
+        self.budget_s = budget_s or (480 if device == "cuda" else 60)
+        if self.budget_s <= 0:
+            raise ValueError(f"bench: budget-s must be more than 0, got {budget_s}")
+        dtypes = tuple(dtypes or (("bfloat16",) if device == "cuda" else ("float32",)))
+        for dtype in dtypes:
+            if dtype not in DTYPES:
+                raise ValueError(f"bench: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if direction not in (*DIRECTIONS, "both"):
+            raise ValueError(f"bench: direction must be fwd, bwd or both, got {direction!r}")
+        self.directions = DIRECTIONS if direction == "both" else (direction,)
+        self.points = [(op, c, d) for op, c in planned(ops, suite, device) for d in dtypes]
+        self.providers, missing = load_providers(device, names)
+        if names is None and suite == "quick":
+            late = [p for p in self.providers if p.slow_start]
+            self.providers = [p for p in self.providers if not p.slow_start]
+            missing |= {p.name: "takes long to start: in the full suite, or named" for p in late}
+        self.record = new_record(device)
+        self.record["providers"] = {
+            **{p.name: {"version": p.version, "reason": None, "note": p.note}
+               for p in self.providers},
+            **{name: {"version": None, "reason": reason} for name, reason in missing.items()},
+        }  # fmt: skip
+        self.rng = np.random.default_rng(seed)
+
+    def into(self, folder):
+        self.writer = Writer(folder, self.record)
+        self.clock, self.telemetry = timing.clock(self.device), Telemetry(self.device)
+        self.record["machine"]["clock_overhead_ms"] = self.clock.overhead_ms
+        before = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
+        self.record["ceilings"] = {"before": before, "after": None, "drift": None}
+        self.writer.save()
+        # they take as long again at the end
+        ceilings_s = time.monotonic() - self.started
+        end, longest = self.started + self.budget_s - 1.2 * ceilings_s, 0.0
+        for number, point in enumerate(self.points):
+            begun = time.monotonic()
+            left = end - begun
+            # what one case took, the next may take
+            if left <= longest:
+                for op, case, dtype in self.points[number:]:
+                    reason = f"the time budget of {self.budget_s:g} s was spent"
+                    self._leave_out((op.name, case.name, dtype), self._of(op), None, reason)
+                break
+            self._point(*point, max(left / (len(self.points) - number), _LEAST_SHARE * left))
+            longest = max(longest, time.monotonic() - begun)
+            self.writer.save()
+        self._close(before)
+        return self.record
+
+    def _close(self, before):
+        after = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
+        drift = roofline.drift(before, after)
+        self.record["ceilings"] |= {"after": after, "drift": drift}
+        if drift > _DRIFT:
+            for entry in self.record["entries"]:
+                entry["marks"].append(f"ceilings drifted by {drift:.1%}")
+        self.writer.save(complete=True)
+
+    def _of(self, op):
+        """The directions of an op that are asked for."""
+        return [d for d in self.directions if d == "fwd" or op.differentiable()]
+
+    def _point(self, op, case, dtype, share_s):
+        """All providers on one case in one dtype."""
+        start, where = time.monotonic(), (op.name, case.name, dtype)
+        directions = self._of(op)
+        able = {}
+        for provider in self.providers:
+            reasons = {d: provider.cannot(op, case, dtype, d) for d in directions}
+            for d, reason in reasons.items():
+                if reason and op.name in provider.ops:
+                    self._leave_out(where, [d], provider.name, reason)
+            able[provider] = [d for d, reason in reasons.items() if not reason]
+        able = {p: ds for p, ds in able.items() if ds}
+        if not able:
+            return
+        gate, passed = self._gated(op, case, dtype, able, where)
+        for number, d in enumerate(directions):
+            found = {p: passed[p] for p, ds in able.items() if d in ds and p in passed}
+            left = share_s - (time.monotonic() - start)
+            if found:
+                share = left / (len(directions) - number)
+                self._timed(op, case, dtype, d, gate, found, share)
+            free_memory(self.device)
+
+    def _gated(self, op, case, dtype, able, where):
+        """(gate, {provider: results of those that are right at the shape that is timed})."""
+        gate = Gate(op, case, dtype, self.device, "bwd" in self.directions, self.seed)
+        passed = {}
+        for provider, directions in able.items():
+            try:
+                results = gate.check(provider.ops[op.name], "bwd" in directions)
+                honesty.clocks()
+                passed[provider] = results
+            except Refused as refused:
+                self._leave_out(where, directions, provider.name, str(refused))
+        return gate, passed
+
+    def _timed(self, op, case, dtype, direction, gate, found, share_s):
+        """Entries of the providers in one direction, timed turn about."""
+        where, end = (op.name, case.name, dtype), time.monotonic() + share_s
+        sets = InputSets(gate.expectation, self.device)
+        contenders = {}
+        for provider in found:
+            try:
+                contender = Contender(provider.name, provider.ops[op.name], sets, direction)
+                honesty.before(contender, sets)
+                honesty.clocks()
+                contenders[provider] = contender
+            except Refused as refused:
+                self._leave_out(where, [direction], provider.name, str(refused))
+            except Exception as error:
+                self._leave_out(where, [direction], provider.name, _first_line(error))
+        if not contenders:
+            return
+        seen = []
+        samples = timing.interleave(
+            self.clock,
+            {p.name: c.run for p, c in contenders.items()},
+            max(0.7 * (end - time.monotonic()), _LEAST_TIMED_S),
+            self.rng,
+            watch=lambda: seen.append(self.telemetry.sample()),
+        )
+        for provider, contender in contenders.items():
+            results, times = found[provider], samples[provider.name]
+            read, written = op.traffic(case, getattr(torch, dtype).itemsize, direction)
+            flops = op.flop_count(case, direction)
+            try:
+                honesty.floor(times, roofline.floor_ms(self.record["device"], dtype, read, flops))
+                honesty.after(contender, sets, gate, self.clock, times)
+                honesty.clocks()
+            except Refused as refused:
+                self._leave_out(where, [direction], provider.name, str(refused))
+                continue
+            entry = self._entry(
+                op, case, dtype, direction, contender, times, results, read + written, flops
+            ) | {"telemetry": summed_up(seen), "energy_j": self._energy(contender, times)}
+            self.record["entries"].append(entry)
+        self._tell(where, direction)
+
+    def _entry(self, op, case, dtype, direction, contender, times, results, moved, flops):
+        quantiles = times.quantiles()
+        roof_ms, roof = roofline.roof(
+            self.record["ceilings"]["before"], dtype, moved, flops, self.clock.overhead_ms
+        )
+        outputs = set(op.outputs)
+        part = [r for r in results if (r.output in outputs) == (direction == "fwd")]
+        ratio = max((r.ratio for r in part), default=None)
+        interval = times.interval
+        marks = []
+        if interval is None or interval > timing.INTERVAL:
+            width = "unknown" if interval is None else f"{interval:.1%}"
+            marks.append(f"not settled: the median is known to {width}")
+        if self.device == "cuda" and not contender.graph:
+            marks.append(f"not a graph, so launches count: {contender.why_no_graph}")
+        return {
+            "op": op.name,
+            "case": case.name,
+            "dtype": dtype,
+            "direction": direction,
+            "provider": contender.name,
+            "shape": {k: v for k, v in case.settings.items()},
+            "time_ms": quantiles,
+            "samples_ms": [round(ms, 6) for ms in times.ms],
+            "samples": len(times),
+            "interval": interval,
+            "gb_s": moved / quantiles["p50"] / 1e6,
+            "tflop_s": flops / quantiles["p50"] / 1e9,
+            "bytes": int(moved),
+            "flops": int(flops),
+            "roof_ms": roof_ms,
+            "roof": roof,
+            "percent_of_roof": roof_ms and 100 * roof_ms / quantiles["p50"],
+            "graph": contender.graph,
+            "marks": marks,
+            "parity": {
+                "compared": len(part),
+                "ratio": ratio if ratio is not None and math.isfinite(ratio) else None,
+            },
+        }
+
+    def _energy(self, contender, times):
+        """Joules of a call, from a row of calls; None where nothing counts them."""
+        if self.telemetry.energy_j() is None:
+            return None
+        n = max(1, round(1e3 * _ENERGY_S / times.median))
+        self.clock.synchronize()
+        start = self.telemetry.energy_j()
+        for number in range(n):
+            contender.run(number)
+        self.clock.synchronize()
+        return (self.telemetry.energy_j() - start) / n
+
+    def _leave_out(self, where, directions, provider, reason):
+        op, case, dtype = where
+        for direction in directions:
+            self.record["left_out"].append(
+                {"op": op, "case": case, "dtype": dtype, "direction": direction,
+                 "provider": provider, "reason": reason}
+            )  # fmt: skip
+
+    def _tell(self, where, direction):
+        """One line about what was just timed."""
+        key = (*where, direction)
+        entries = [
+            e for e in self.record["entries"]
+            if (e["op"], e["case"], e["dtype"], e["direction"]) == key
+        ]  # fmt: skip
+        times = ", ".join(
+            f"{e['provider']} {e['time_ms']['p50']:.4g} ms" for e in sorted(
+                entries, key=lambda e: (e["provider"] != OURS, e["time_ms"]["p50"])
+            )
+        )  # fmt: skip
+        self.say(f"{' '.join(key)}: {times or 'nobody'}")
+
+
+def _first_line(error):
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "does not fit into memory"
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}"

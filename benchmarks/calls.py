@@ -1,0 +1,164 @@
+"""A provider on a case, ready to be timed: inputs on the device, a call for each set of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gaugeblock.reference.oracle.adapters import as_torch
+
+# input sets that calls go through turn about: none is in a cache, and an answer that is kept from
+# another call is a wrong one
+SETS = 3
+
+
+class InputSets:
+    """`SETS` times the inputs of a case, each at addresses of its own.
+
+    The first holds the content that parity is checked with; the others that content with floating
+    values halved again and again, which no op's results survive unchanged.
+    """
+
+    def __init__(self, expectation, device):
+        op, content = expectation.op, expectation.content()
+        self.op, self.device = op, device
+        self.differentiable = op.differentiable(content.inputs)
+        self.names = list(content.inputs)
+        first = [
+            None if x is None else as_torch(torch, x).to(device) for x in content.inputs.values()
+        ]
+        self.kept = first
+        storage = next(t.dtype for t in first if t is not None and t.is_floating_point())
+        self.dys = [as_torch(torch, np.array(dy)).to(device, storage) for dy in content.dys or ()]
+        self.kept_dys = [dy.clone() for dy in self.dys]
+        self.sets = [self._copy(0.5**i) for i in range(SETS)]
+        lists = {k: v for k, v in expectation.options.items() if isinstance(v, (tuple, list))}
+        self.options = expectation.options | {
+            k: torch.tensor(v, dtype=torch.int32, device=device) for k, v in lists.items()
+        }
+
+    def _copy(self, factor):
+        copies = []
+        for name, x in zip(self.names, self.kept):
+            if x is None:
+                copies.append(None)
+                continue
+            x = x * factor if x.is_floating_point() else x.clone()
+            copies.append(x.requires_grad_(name in self.differentiable))
+        return copies
+
+    def restore(self, factor=1.0):
+        """The first content at the first addresses again, times a power of two."""
+        for mine, kept in zip(self.sets[0], self.kept):
+            if mine is not None:
+                # past autograd, which would refuse the backward of what it thinks has changed
+                mine.data.copy_(kept * factor if mine.is_floating_point() else kept)
+
+    def seed(self, factor=1.0):
+        """The output gradients at their addresses, times a power of two."""
+        for dy, kept in zip(self.dys, self.kept_dys):
+            dy.copy_(kept * factor)
+
+    def changed(self):
+        """The names of inputs of the first set that no longer hold what they held."""
+        updated = set(self.op.updates.values())
+        return [
+            name
+            for name, mine, kept in zip(self.names, self.sets[0], self.kept)
+            if mine is not None
+            and name not in updated
+            and not torch.equal(_bits(mine), _bits(kept))
+        ]
+
+    def fresh(self, factor=1.0):
+        """A copy of the first set at addresses of its own."""
+        return self._copy(factor)
+
+
+class Contender:
+    """A provider's function on a case in one direction.
+
+    run(number) does the call of a round on that round's input set and returns the outputs or the
+    gradients. On a GPU a call is the replay of a captured graph, where the function can be
+    captured (`graph`).
+    """
+
+    def __init__(self, name, fn, sets, direction):
+        self.name, self.fn, self.sets, self.direction = name, fn, sets, direction
+        self.calls = [self.eager(tensors) for tensors in sets.sets]
+        self.graphs, self.results = [], []
+        self.graph = False
+        if sets.device == "cuda":
+            self._capture()
+
+    def eager(self, tensors):
+        """A call on these tensors, without a graph."""
+        fn, options = self.fn, self.sets.options
+        if self.direction == "fwd":
+
+            def forward():
+                with torch.no_grad():
+                    return _outputs(fn(*tensors, **options), tensors, self.sets)
+
+            return forward
+        leaves = [t for n, t in zip(self.sets.names, tensors) if n in self.sets.differentiable]
+        outputs = [
+            (y, dy)
+            for y, dy in zip(_outputs(fn(*tensors, **options), tensors, self.sets), self.sets.dys)
+            if y.requires_grad
+        ]
+        ys, dys = zip(*outputs)
+        dys = [dy.to(y.dtype) for y, dy in outputs]
+
+        def backward():
+            grads = torch.autograd.grad(ys, leaves, dys, retain_graph=True, allow_unused=True)
+            return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves))
+
+        return backward
+
+    def run(self, number):
+        i = number % len(self.calls)
+        if not self.graph:
+            return self.calls[i]()
+        self.graphs[i].replay()
+        return self.results[i]
+
+    def poison(self):
+        """NaN into what the graph of the first set writes: it must write all of it again."""
+        if self.graph:
+            for t in self.results[0]:
+                if t.is_floating_point():
+                    t.fill_(float("nan"))
+
+    def _capture(self):
+        stream = torch.cuda.Stream()
+        try:
+            for call in self.calls:
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        call()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    result = call()
+                self.graphs.append(graph)
+                self.results.append(result)
+            self.graph = True
+        except RuntimeError as error:
+            # it allocates by itself, synchronises or leaves work on another stream
+            torch.cuda.synchronize()
+            self.graphs, self.results = [], []
+            self.why_no_graph = str(error).splitlines()[0]
+
+
+def _outputs(returned, tensors, sets):
+    """The outputs as a tuple; those updated in place where nothing is returned."""
+    if returned is None and sets.op.updates:
+        updated = sets.op.updates.values()
+        return tuple(t for n, t in zip(sets.names, tensors) if n in updated)
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def _bits(t):
+    """A tensor's bytes, in which NaN equals itself."""
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)

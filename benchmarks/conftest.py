@@ -1,0 +1,39 @@
+"""What pytest-benchmark does not know by itself: the GPU."""
+
+import pytest
+import torch
+from gaugeblock.benchmarks.record import device_name, installed, slug
+from gaugeblock.benchmarks.telemetry import driver
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# records of machines that differ in these are not compared
+_COMPARED = ("device", "torch", "triton", "driver")
+
+
+def pytest_sessionstart(session):
+    # the plugin's own key does not tell one GPU from another
+    benchmarks = getattr(session.config, "_benchmarksession", None)
+    if benchmarks is not None:
+        key = f"{benchmarks.machine_id}-{slug(device_name(_DEVICE))}"
+        benchmarks.machine_id = benchmarks.storage.default_machine_id = key
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info |= {
+        "device": device_name(_DEVICE),
+        "driver": driver() if _DEVICE == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+    }
+
+
+def pytest_benchmark_compare_machine_info(
+    config, benchmarksession, machine_info, compared_benchmark
+):
+    before = compared_benchmark["machine_info"]
+    for name in _COMPARED:
+        if before.get(name) != machine_info[name]:
+            raise pytest.UsageError(
+                f"benchmarks: {name} must be the same in both records, it is {machine_info[name]} "
+                f"here and {before.get(name)} there; measure both on one machine"
+            )

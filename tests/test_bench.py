@@ -1,0 +1,347 @@
+"""The bench times what is right, and nothing that pretends to be fast."""
+
+import json
+import threading
+import time
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gaugeblock.benchmarks import bench as bench_module
+from gaugeblock.benchmarks import roofline, timing
+from gaugeblock.benchmarks.bench import bench
+from gaugeblock.benchmarks.gate import sibling
+from gaugeblock.benchmarks.plan import planned
+from gaugeblock.benchmarks.providers import Provider
+from gaugeblock.benchmarks.record import CHECKOUT, load_record
+from gaugeblock.reference.catalog import CATALOG
+
+from tests.helpers import gaugeblock
+
+SCHEMA = json.loads((CHECKOUT / "benchmarks" / "record.schema.json").read_text())
+CEILINGS = {
+    "copy_gb_s": {"1024": 1.0, "1048576": 10.0},
+    "matrix_tflop_s": {"float32": 0.1},
+    "exp_t_s": 0.001,
+}
+
+
+def plain(x, w, b, eps=1e-5):
+    return F.layer_norm(x, x.shape[-1:], w, b, eps)
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """timed(fn, …) -> the record of plain torch and of fn on layer_norm, forward."""
+
+    def run(fn, **settings):
+        providers = [Provider("plain", "1", {"layer_norm": plain})]
+        providers.append(Provider("mine", "1", {"layer_norm": fn}))
+        monkeypatch.setattr(bench_module, "load_providers", lambda *_: (providers, {}))
+        monkeypatch.setattr(bench_module.ceilings, "measure", lambda *_: dict(CEILINGS))
+        settings = {"direction": "fwd", "budget_s": 3} | settings
+        return bench(["layer_norm"], out=tmp_path / "out", say=lambda line: None, **settings)
+
+    return run
+
+
+def times(record):
+    return {e["provider"]: e["time_ms"]["p50"] for e in record["entries"]}
+
+
+def refusal(record):
+    """Why "mine" got no time; plain torch must have one."""
+    assert set(times(record)) == {"plain"}
+    (left,) = [x for x in record["left_out"] if x["provider"] == "mine"]
+    assert "\n" not in left["reason"]
+    return left["reason"]
+
+
+def test_both_directions_are_timed_and_recorded(timed, tmp_path):
+    record = timed(plain, direction="both")
+    assert [(e["provider"], e["direction"]) for e in record["entries"]] == [
+        ("plain", "fwd"), ("mine", "fwd"), ("plain", "bwd"), ("mine", "bwd"),
+    ]  # fmt: skip
+    assert record == load_record(tmp_path / "out")
+    jsonschema.validate(record, SCHEMA)
+    assert record["complete"] and record["left_out"] == []
+    entry = record["entries"][0]
+    assert entry["shape"] == {"M": 1024, "N": 768}
+    assert entry["bytes"] == 4 * (2 * 1024 * 768 + 2 * 768)
+    assert entry["gb_s"] == pytest.approx(entry["bytes"] / entry["time_ms"]["p50"] / 1e6)
+    assert entry["percent_of_roof"] == pytest.approx(
+        100 * entry["roof_ms"] / entry["time_ms"]["p50"]
+    )
+    assert len(entry["samples_ms"]) == entry["samples"] >= timing.LEAST_SAMPLES
+    assert entry["parity"]["compared"] == 1 and 0 < entry["parity"]["ratio"] < 1
+    assert record["entries"][2]["parity"]["compared"] == 3
+
+
+def test_a_cached_result_is_refused(timed):
+    kept = {}
+
+    def cached(x, w, b, eps=1e-5):
+        if x.shape not in kept:
+            kept[x.shape] = plain(x, w, b, eps)
+        return kept[x.shape].clone()
+
+    assert "same answer for other inputs" in refusal(timed(cached))
+
+
+def test_a_result_cached_by_address_is_refused(timed):
+    kept = {}
+
+    def cached(x, w, b, eps=1e-5):
+        key = x.data_ptr(), x.shape
+        # the memory of the check is not that of the timing
+        if key not in kept:
+            kept[key] = plain(x, w, b, eps)
+        return kept[key].clone()
+
+    assert "new values at the same addresses" in refusal(timed(cached))
+
+
+def test_work_left_to_somebody_else_is_refused(timed):
+    """What a side stream is on a GPU, a thread is here."""
+    checked = threading.Event()
+
+    def later(x, w, b, eps=1e-5):
+        y = torch.empty_like(x)
+        if not checked.is_set():
+            return plain(x, w, b, eps)
+
+        def work():
+            time.sleep(0.02)
+            y.copy_(plain(x, w, b, eps))
+
+        threading.Thread(target=work).start()
+        return y
+
+    # it behaves while it is checked
+    original = bench_module.honesty.before
+
+    def before(contender, sets):
+        original(contender, sets)
+        if contender.name == "mine":
+            checked.set()
+
+    bench_module.honesty.before = before
+    try:
+        reason = refusal(timed(later))
+    finally:
+        bench_module.honesty.before = original
+    assert "in what was timed" in reason
+
+
+@pytest.mark.parametrize("name", ["perf_counter_ns", "monotonic_ns", "process_time_ns"])
+def test_a_patched_clock_is_refused(timed, monkeypatch, name):
+    true = getattr(time, name)
+    monkeypatch.setattr(time, name, true)
+
+    def bends(x, w, b, eps=1e-5):
+        setattr(time, name, lambda: 0)
+        return plain(x, w, b, eps)
+
+    record = timed(bends)
+    setattr(time, name, true)
+    assert [x["reason"] for x in record["left_out"] if x["provider"] == "mine"] == [
+        "changed a clock"
+    ]
+
+
+def test_a_skipped_tail_is_refused(timed):
+    def skips(x, w, b, eps=1e-5):
+        y = plain(x, w, b, eps)
+        y[-1, -5:] = 0
+        return y
+
+    assert "wrong layer_norm cpu_bench" in refusal(timed(skips))
+
+
+def test_a_kernel_that_knows_one_shape_is_refused(timed):
+    def knows_one(x, w, b, eps=1e-5):
+        assert x.shape == (1024, 768)
+        return plain(x, w, b, eps)
+
+    assert "wrong at another shape" in refusal(timed(knows_one))
+
+
+def test_a_smaller_dtype_is_refused(timed):
+    def narrow(x, w, b, eps=1e-5):
+        return plain(x.bfloat16(), w.bfloat16(), b.bfloat16(), eps).float()
+
+    def shows_it(x, w, b, eps=1e-5):
+        return plain(x, w, b, eps).bfloat16()
+
+    assert "wrong layer_norm cpu_bench float32" in refusal(timed(narrow))
+    assert "must be float32" in refusal(timed(shows_it))
+
+
+def test_a_reused_output_is_refused(timed):
+    kept = {}
+
+    def reuses(x, w, b, eps=1e-5):
+        y = kept.setdefault(x.shape, torch.empty_like(x.detach()))
+        return y.copy_(plain(x, w, b, eps))
+
+    assert "reuses the memory of its last answer" in refusal(timed(reuses))
+
+
+def test_a_sleeping_peer_is_refused(timed):
+    def sleeps(x, w, b, eps=1e-5):
+        time.sleep(0.02)
+        return plain(x, w, b, eps)
+
+    assert "of its time: it waits" in refusal(timed(sleeps))
+
+
+def test_damage_to_the_inputs_is_refused(timed):
+    def spoils(x, w, b, eps=1e-5):
+        y = plain(x, w, b, eps)
+        x.detach()[0, 0] += 1
+        return y
+
+    assert "inputs changed x" in refusal(timed(spoils))
+
+
+def test_a_time_under_the_floor_is_refused(timed, monkeypatch):
+    monkeypatch.setattr(bench_module.roofline, "floor_ms", lambda *_: 1e3)
+    record = timed(plain)
+    assert record["entries"] == []
+    assert all("under the chip's floor of 1e+03 ms" in x["reason"] for x in record["left_out"])
+
+
+def test_the_floor_is_nominal_and_the_roof_measured():
+    # 4.8 GB at 4.8 TB/s is a millisecond, and so are 989 GFLOP
+    assert roofline.floor_ms("NVIDIA H200", "bfloat16", 4.8e9, 1e9) == pytest.approx(1.0)
+    assert roofline.floor_ms("NVIDIA H200", "bfloat16", 1e6, 989e9) == pytest.approx(1.0)
+    assert roofline.floor_ms("Some Processor", "float32", 1e9, 1e9) is None
+    assert roofline.roof(CEILINGS, "float32", 1 << 20, 1e3) == (
+        pytest.approx((1 << 20) / 1e7),
+        "copy",
+    )
+    # between two sizes by the logarithm of the size
+    assert roofline.copy_gb_s(CEILINGS, 1 << 15) == pytest.approx(5.5)
+    assert roofline.roof(CEILINGS, "float32", 1024, 1e9) == (pytest.approx(10.0), "matrix")
+    assert roofline.roof(CEILINGS, "float32", 1024, 1e3, 0.5) == (0.5, "latency")
+    assert roofline.roof(CEILINGS, "float16", 1024, 1e3) == (None, None)
+    other = {**CEILINGS, "exp_t_s": 0.00103}
+    assert roofline.drift(CEILINGS, other) == pytest.approx(0.03)
+
+
+def test_a_drift_of_the_ceilings_marks_every_entry(timed, monkeypatch):
+    answers = iter([dict(CEILINGS), {**CEILINGS, "exp_t_s": 0.0011}])
+    record = timed(plain)
+    assert not any("drifted" in mark for e in record["entries"] for mark in e["marks"])
+    monkeypatch.setattr(bench_module.ceilings, "measure", lambda *_: next(answers))
+    run = bench_module._Run(["layer_norm"], "quick", None, None, "fwd", "cpu", 2, 0, lambda _: None)
+    record = run.into(CHECKOUT / "runs" / "test-drift")
+    assert record["entries"]
+    assert all("ceilings drifted by 10.0%" in e["marks"] for e in record["entries"])
+
+
+def test_a_spent_budget_says_what_is_left_out_and_leaves_a_record(timed, tmp_path):
+    record = timed(plain, budget_s=1e-3)
+    assert record["complete"]
+    assert record["entries"] == []
+    assert {x["reason"] for x in record["left_out"]} == {"the time budget of 0.001 s was spent"}
+    jsonschema.validate(load_record(tmp_path / "out"), SCHEMA)
+
+
+def test_a_run_that_is_cut_leaves_a_valid_record(timed, tmp_path, monkeypatch):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_module._Run, "_close", cut)
+    with pytest.raises(KeyboardInterrupt):
+        timed(plain)
+    record = load_record(tmp_path / "out")
+    jsonschema.validate(record, SCHEMA)
+    assert not record["complete"]
+    assert set(times(record)) == {"plain", "mine"}
+
+
+def test_an_exception_is_a_reason(timed):
+    def breaks(x, w, b, eps=1e-5):
+        raise RuntimeError("no kernel\nfor this")
+
+    assert "RuntimeError: no kernel" in refusal(timed(breaks))
+
+
+def test_the_interval_of_the_median():
+    samples = timing.Samples()
+    samples.ms = list(np.arange(1.0, 102.0))
+    # order statistics 40 and 62 of 101
+    assert samples.median == 51.0
+    assert samples.interval == pytest.approx(11 / 51)
+    samples.ms = [1.0] * 5
+    assert samples.interval is None and not samples.settled
+    samples.ms = [1.0] * timing.LEAST_SAMPLES
+    assert samples.interval == 0.0 and samples.settled
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        samples = timing.Samples()
+        samples.ms = list(rng.lognormal(size=41))
+        held += abs(samples.median - 1.0) <= 2 * samples.interval * samples.median
+    assert held / 1000 > 0.95
+
+
+def test_the_plan_takes_the_valuable_first():
+    names = [(op.name, case.name) for op, case in planned((), "full", "cuda")]
+    tags = [
+        sorted(c.tags & {"family", "large", "sweep"})[0] for _, c in planned((), "full", "cuda")
+    ]
+    assert tags == sorted(tags, key=("family", "large", "sweep").index)
+    firsts = {op for op, _ in names[: len({op for op, _ in names})]}
+    assert len(firsts) >= 10
+    assert {c.name for _, c in planned(["attention"], "quick", "cpu")} == {"cpu_bench", "cpu_full"}
+    with pytest.raises(ValueError, match="suite must be one of quick, full, got 'fast'"):
+        planned((), "fast", "cpu")
+
+
+@pytest.mark.parametrize("op", CATALOG)
+def test_every_timed_case_has_a_smaller_one(op):
+    row = CATALOG[op]
+    for case in row.cases:
+        if "bench" in case.tags:
+            smaller = sibling(row, case)
+            assert smaller is not None
+            before, after = row.dims(case), row.dims(smaller)
+            assert all(after[d] <= before[d] for d in before) and after != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("norm",), "op must be one of"),
+        (("--suite", "fast"), "suite must be one of quick, full, got 'fast'"),
+        (("--dtype", "int8"), "dtype must be one of float32, float16, bfloat16, got 'int8'"),
+        (("--direction", "up"), "direction must be fwd, bwd or both, got 'up'"),
+        (("--budget-s", "-1"), "budget-s must be more than 0, got -1"),
+        (("--providers", "nobody"), "provider must be one of"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    ran = gaugeblock("bench", *arguments, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert message in ran.stderr and ran.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "must hold JSON"), ("[]", "must have schema 1"), ('{"schema": 2}', "must have schema 1"),
+     ('{"schema": 1}', "must hold device, entries")],
+)  # fmt: skip
+def test_what_is_no_record_is_refused(content, message, tmp_path):
+    (tmp_path / "record.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_record(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="must be readable"):
+        load_record(tmp_path / "nothing")
