@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 from gaugeblock.reference.oracle.adapters import as_torch
@@ -84,11 +86,16 @@ class Contender:
 
     def __init__(self, name, fn, sets, direction):
         self.name, self.fn, self.sets, self.direction = name, fn, sets, direction
-        self.calls = [self.eager(tensors) for tensors in sets.sets]
         self.graphs, self.results = [], []
         self.graph = False
-        if sets.device == "cuda":
-            self._capture()
+        if sets.device == "cpu":
+            self.calls = [self.eager(tensors) for tensors in sets.sets]
+            return
+        # a backward runs on the stream of its forward, which must be the one that is captured
+        self.stream = torch.cuda.Stream()
+        with self._aside():
+            self.calls = [self.eager(tensors) for tensors in sets.sets]
+        self._capture()
 
     def eager(self, tensors):
         """A call on these tensors, without a graph."""
@@ -129,23 +136,28 @@ class Contender:
                 if t.is_floating_point():
                     t.fill_(float("nan"))
 
+    @contextlib.contextmanager
+    def _aside(self):
+        """On the contender's own stream, after what came before and before what comes after."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
+
     def _capture(self):
-        stream = torch.cuda.Stream()
         try:
             for call in self.calls:
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
+                with self._aside():
                     for _ in range(2):
                         call()
-                torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
+                with torch.cuda.graph(graph, stream=self.stream):
                     result = call()
                 self.graphs.append(graph)
                 self.results.append(result)
             self.graph = True
         except RuntimeError as error:
-            # it allocates by itself, synchronises or leaves work on another stream
+            # it synchronises, or leaves work on a stream of its own
             torch.cuda.synchronize()
             self.graphs, self.results = [], []
             self.why_no_graph = str(error).splitlines()[0]

@@ -165,11 +165,11 @@ class Samples:
         return len(self) >= MOST_SAMPLES or (self.interval is not None and self.interval < INTERVAL)
 
 
-def interleave(clock, calls, budget_s, rng, watch=lambda: None):
+def interleave(clock, calls, budget_s, rng, watch=lambda number: None):
     """{name: Samples} of {name: call(round)}, timed turn about in random order.
 
     Ends when every median is settled or the budget is spent; three rounds are timed in any case.
-    watch: called after every round.
+    watch: called with the round's number after each.
     """
     samples = {name: Samples() for name in calls}
     names, start, number = list(calls), _now_ns(), 0
@@ -184,7 +184,7 @@ def interleave(clock, calls, budget_s, rng, watch=lambda: None):
             tokens[name] = clock.time(partial(calls[name], number))
         for name, ms in zip(tokens, clock.milliseconds(tokens.values())):
             samples[name].ms.append(ms)
-        watch()
+        watch(number)
         number += 1
         if all(s.settled for s in samples.values()):
             return samples

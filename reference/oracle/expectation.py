@@ -15,6 +15,8 @@ from .result import Result
 
 # layouts whose strides of 0 need values that repeat
 _REPEATS = ("expanded", "broadcast_grad")
+# characters of an exception's message
+_MOST_SAID = 300
 
 
 class Content:
@@ -183,10 +185,7 @@ class Expectation:
         except TimeoutError as error:
             return "timeout", str(error)
         except (Exception, SystemExit) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            # where it happened comes first in some messages, and what in others
-            said = " … ".join(dict.fromkeys((*lines[:1], *lines[-1:])))
-            return "exception", f"{type(error).__name__}: {said}" if said else type(error).__name__
+            return "exception", _said(error)
 
     def compare(self, answers, layout="contiguous", draw=0):
         """The answers of a call against the budgets of their content."""
@@ -316,6 +315,13 @@ def compare(where, answer, bound, axes=(), places=None):
         float(error[worst] / ulp(np.asarray(want[worst]), dtype)) if finite[worst] else None,
         tile,
     )
+
+
+def _said(error):
+    """An exception in one line; what happened comes first in some messages, and last in others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " … ".join(dict.fromkeys((*lines[:2], *lines[-1:])))
+    return f"{type(error).__name__}: {said[:_MOST_SAID]}" if said else type(error).__name__
 
 
 def _rows_with(mask):
