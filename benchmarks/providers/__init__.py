@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pkgutil import iter_modules
 
 import torch
+from gaugeblock.reference.oracle import worker
 
 OURS = "gaugeblock"
 
@@ -66,21 +67,23 @@ class Provider:
 def load(device, names=None):
     """([Provider], {name: why it is not available}) on "cpu" or "cuda".
 
-    names: those that are wanted; all by default. Ours is first. Raises ValueError for an unknown
-    device or name.
+    names: those that are wanted, `module:object` for a `Provider` from elsewhere; by default all of
+    this folder. Ours is first. Raises ValueError for an unknown device or name.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
     modules = _modules()
     known = [name for module in modules for name in module.NAMES]
-    for name in names or ():
-        if name not in known:
-            raise ValueError(
-                f"bench: provider must be one of {', '.join(sorted(known))}, got {name!r}"
-            )
-    wanted, found, missing = set(names or known), [], {}
+    names = list(names or known)
+    found = [_from_elsewhere(name, known) for name in names if ":" in name]
+    wanted, missing = {name for name in names if ":" not in name}, {}
+    for name in sorted(wanted - set(known)):
+        raise ValueError(
+            f"bench: provider must be one of {', '.join(sorted(known))} or module:object, "
+            f"got {name!r}"
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        return [], dict.fromkeys(sorted(wanted), "needs a CUDA device, and there is none")
+        return [], dict.fromkeys(names, "needs a CUDA device, and there is none")
     for module in modules:
         if not wanted & set(module.NAMES):
             continue
@@ -89,8 +92,18 @@ def load(device, names=None):
         except Unavailable as reason:
             missing |= {name: str(reason) for name in module.NAMES if name in wanted}
     absent = wanted - {p.name for p in found} - set(missing)
-    missing |= dict.fromkeys(absent, f"has nothing for {device}")
+    missing |= dict.fromkeys(sorted(absent), f"has nothing for {device}")
     return sorted(found, key=lambda p: p.name != OURS), missing
+
+
+def _from_elsewhere(name, known):
+    """The provider that `module:object` names. ValueError where it is none, or takes a name."""
+    provider = worker.load(name, "provider")
+    if not isinstance(provider, Provider):
+        raise ValueError(f"bench: {name} must be a Provider, got {type(provider).__name__}")
+    if provider.name in known or OURS in provider.name:
+        raise ValueError(f"bench: {name} must have a name of its own, got {provider.name!r}")
+    return provider
 
 
 def library(module, package):

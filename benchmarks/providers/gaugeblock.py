@@ -1,0 +1,47 @@
+"""Ours: the kernels on CUDA, their eager twins on a CPU."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.oracle.op import _matches
+
+from gaugeblock import kernels
+
+from ..record import installed
+from . import OURS, Provider
+
+NAMES = (OURS,)
+
+
+def load(device):
+    # by name and not "auto", which takes the twin for some dtypes without a word
+    impl = "triton" if device == "cuda" else "eager"
+    ops = {
+        name: _pinned(getattr(kernels, name), impl)
+        for name, op in CATALOG.items()
+        if op.kernel is None
+    }
+    note = "the compiled kernels" if device == "cuda" else "the eager twins of the kernels"
+    return [Provider(OURS, installed("gaugeblock") or "checkout", ops, _limits, note)]
+
+
+def _limits(op, case, dtype, direction):
+    if op.lacks and _matches(op.lacks, op._words(case)):
+        return f"has no kernel yet for {op.lacks}"
+    return None
+
+
+def _pinned(fn, impl):
+    """fn without the choice of an implementation."""
+    signature = inspect.signature(fn)
+    kept = [p for p in signature.parameters.values() if p.name != "impl"]
+
+    @functools.wraps(fn)
+    def call(*tensors, **options):
+        return fn(*tensors, impl=impl, **options)
+
+    call.__signature__ = signature.replace(parameters=kept)
+    return call
