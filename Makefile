@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 PARALLEL := -n auto
 endif
 
-.PHONY: demo test gpu readme oracle lint clean
+.PHONY: demo test gpu gpu-tests readme oracle lint clean
 
 demo: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.demo
@@ -23,6 +23,11 @@ test: $(READY)
 
 gpu: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.gpu
+
+# every case, dtype, layout and implementation on the GPU: each compiles, so this takes long
+gpu-tests: $(READY)
+	$(RUN) -m pytest $(PARALLEL) -m gpu tests
+	$(RUN) -m pytest tests/test_kernels.py
 
 readme: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.readme

@@ -31,7 +31,6 @@ class InputSets:
         self.kept = first
         storage = next(t.dtype for t in first if t is not None and t.is_floating_point())
         self.dys = [as_torch(torch, np.array(dy)).to(device, storage) for dy in content.dys or ()]
-        self.kept_dys = [dy.clone() for dy in self.dys]
         self.sets = [self._copy(0.5**i) for i in range(SETS)]
         lists = {k: v for k, v in expectation.options.items() if isinstance(v, (tuple, list))}
         self.options = expectation.options | {
@@ -54,11 +53,6 @@ class InputSets:
             if mine is not None:
                 # past autograd, which would refuse the backward of what it thinks has changed
                 mine.data.copy_(kept * factor if mine.is_floating_point() else kept)
-
-    def seed(self, factor=1.0):
-        """The output gradients at their addresses, times a power of two."""
-        for dy, kept in zip(self.dys, self.kept_dys):
-            dy.copy_(kept * factor)
 
     def changed(self):
         """The names of inputs of the first set that no longer hold what they held."""
@@ -97,8 +91,8 @@ class Contender:
             self.calls = [self.eager(tensors) for tensors in sets.sets]
         self._capture()
 
-    def eager(self, tensors):
-        """A call on these tensors, without a graph."""
+    def eager(self, tensors, factor=1.0):
+        """A call on these tensors, without a graph; a backward's output gradients times factor."""
         fn, options = self.fn, self.sets.options
         if self.direction == "fwd":
 
@@ -113,14 +107,20 @@ class Contender:
             for y, dy in zip(_outputs(fn(*tensors, **options), tensors, self.sets), self.sets.dys)
             if y.requires_grad
         ]
-        ys, dys = zip(*outputs)
-        dys = [dy.to(y.dtype) for y, dy in outputs]
+        ys = [y for y, _ in outputs]
+        dys = [dy.to(y.dtype) * factor for y, dy in outputs]
 
         def backward():
             grads = torch.autograd.grad(ys, leaves, dys, retain_graph=True, allow_unused=True)
             return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves))
 
+        backward.dys = dys
         return backward
+
+    def scale(self, factor):
+        """A backward's output gradients of the first set, at their addresses, times a factor."""
+        for dy in self.calls[0].dys:
+            dy.mul_(factor)
 
     def run(self, number):
         i = number % len(self.calls)

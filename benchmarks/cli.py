@@ -31,8 +31,12 @@ def bench(
     Nothing is timed that is not right at the very shape. What did not fit into the time, and why a
     provider is missing, is in the record. Exit 1: one of Gaugeblock's own kernels was refused.
     """
+    from gaugeblock.reference.oracle.worker import search_working_folder
+
     from .bench import bench as run
     from .report import print_record
+
+    search_working_folder()
 
     names = [name for name in providers.split(",") if name] if providers else None
     record = run(

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 
 import pytest
-from gaugeblock.benchmarks import readme
+from gaugeblock.benchmarks import gpu, readme
 from gaugeblock.benchmarks.plan import planned
 from gaugeblock.reference._attention import visible_keys
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.rows.attention import _MASKS as MASKS
 
+from gaugeblock import kernels
 from tests.helpers import CHECKOUT, gaugeblock, python
 
 
@@ -124,3 +125,19 @@ def test_a_missing_dependency_is_named():
     )
     assert ran.returncode == 2
     assert "pip install 'gaugeblock[kernels]'" in ran.stderr
+
+
+def test_the_smoke_parity_of_make_gpu_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """On a CPU, with interpreted kernels."""
+    path = tmp_path / "parity.json"
+    assert gpu.parity(path, "cpu", seconds=60, rounds=1) == 0
+    found = json.loads(path.read_text())
+    kernels_of_ours = [name for name, op in CATALOG.items() if op.kernel is None]
+    assert found["compared"] > 4 * len(kernels_of_ours)
+    assert found["failures"] == found["left_out"] == []
+    monkeypatch.setattr(kernels, "layer_norm", lambda x, w, b, impl, **options: 1.01 * x)
+    assert gpu.parity(path, "cpu", seconds=60, rounds=1) > 0
+    assert {r["op"] for r in json.loads(path.read_text())["failures"]} == {"layer_norm"}
+    assert "wrong layer_norm" in capsys.readouterr().out
+    assert gpu.parity(path, "cpu", seconds=0, rounds=1) == 0
+    assert len(json.loads(path.read_text())["left_out"]) == len(kernels_of_ours)

@@ -33,4 +33,6 @@ def compiled(fn, mode=None):
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _SHAPES)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _SHAPES)
+    # a backward is timed again and again on one forward
+    torch._functorch.config.donated_buffer = False
     return torch.compile(fn, dynamic=False, fullgraph=True, mode=mode)

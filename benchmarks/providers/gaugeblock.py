@@ -6,7 +6,6 @@ import functools
 import inspect
 
 from gaugeblock.reference.catalog import CATALOG
-from gaugeblock.reference.oracle.op import _matches
 
 from gaugeblock import kernels
 
@@ -29,7 +28,7 @@ def load(device):
 
 
 def _limits(op, case, dtype, direction):
-    if op.lacks and _matches(op.lacks, op._words(case)):
+    if op.lacks and op.matches(case, op.lacks):
         return f"has no kernel yet for {op.lacks}"
     return None
 

@@ -198,7 +198,7 @@ class Op:
             chosen = [case for case in self.cases if not case.tags & skip]
         if not expression:
             return chosen
-        chosen = [case for case in chosen if _matches(expression, self._words(case))]
+        chosen = [case for case in chosen if self.matches(case, expression)]
         if not chosen:
             words = sorted(set().union(*map(self._words, self.cases)))
             raise ValueError(
@@ -206,6 +206,10 @@ class Op:
                 f"none; its words are {', '.join(words)}"
             )
         return chosen
+
+    def matches(self, case, expression):
+        """Whether an expression over tags, names and options that are set is true of a case."""
+        return _matches(expression, self._words(case))
 
     def _words(self, case):
         options = self.options(case)
