@@ -27,7 +27,6 @@ _CEILINGS = 0.1
 _LEAST_SHARE = 1 / 16
 # seconds that are spent on timing in any case, however long the rest took
 _LEAST_TIMED_S = 0.5
-_DRIFT = 0.02
 _ENERGY_S = 0.3
 # rounds between two looks at the chip's state
 _WATCHED = 8
@@ -110,7 +109,7 @@ class _Run:
         after = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
         drift = roofline.drift(before, after)
         self.record["ceilings"] |= {"after": after, "drift": drift}
-        if drift > _DRIFT:
+        if drift > roofline.DRIFT_LIMIT:
             for entry in self.record["entries"]:
                 entry["marks"].append(f"ceilings drifted by {drift:.1%}")
         self.writer.save(complete=True)
@@ -208,8 +207,7 @@ class _Run:
         interval = times.interval
         marks = []
         if interval is None or interval > timing.INTERVAL:
-            width = "unknown" if interval is None else f"{interval:.1%}"
-            marks.append(f"not settled: the median is known to {width}")
+            marks.append(f"not settled: the median's interval is over {timing.INTERVAL:.0%}")
         if self.device == "cuda" and not contender.graph:
             marks.append(f"not a graph, so launches count: {contender.why_no_graph}")
         return {

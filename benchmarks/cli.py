@@ -64,3 +64,22 @@ def ceilings(
     print(f"exponentials               {found['exp_t_s']:10.4f} T/s")
     if json:
         save(found, json)
+
+
+@app.command()
+def report(
+    files: list[Path] = typer.Argument(
+        None, help="Records, or folders that hold one; the newest under runs/ by default."
+    ),
+    markdown: Path = typer.Option(None, help="Write it here as Markdown."),
+    png: Path = typer.Option(None, help="Write the plots into this folder."),
+    html: Path = typer.Option(None, help="Write it here as one HTML file."),
+):
+    """Show records: ratios to the best peer, percent of roof, plots.
+
+    Without --markdown, --png and --html the summary is printed. Exit 2: there is no such record.
+    """
+    from .report import report as write
+
+    for path in write(files or (), markdown=markdown, png=png, html=html):
+        print(path)

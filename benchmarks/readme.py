@@ -12,8 +12,13 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from gaugeblock.kernels import artefacts
+from gaugeblock.kernels.sass import MATRIX, TMA
 from gaugeblock.reference.oracle import Result
 from gaugeblock.reference.report import binding
+
+from .markdown import markdown_summary
+from .record import RESULTS, load_record
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECORDS = CHECKOUT / "docs" / "demo"
@@ -38,6 +43,7 @@ def parts(records=RECORDS):
         "training": _training(trained),
         "sample": _quote((records / "sample.txt").read_text()),
         "inspect": _inspect(json.loads((records / "inspect.json").read_text())),
+        "performance": _performance(),
     }
 
 
@@ -58,6 +64,7 @@ def pages():
     return {
         CHECKOUT / "README.md": parts(),
         CHECKOUT / "docs" / "oracle.md": oracle_parts(),
+        CHECKOUT / "docs" / "inspect.md": artefacts.parts(),
     }
 
 
@@ -107,14 +114,24 @@ def _quote(text):
     return "```text\n" + text.strip().replace("```", "'''") + "\n```\n"
 
 
+def _performance(results=RESULTS):
+    """The newest record of each device against its peers."""
+    parts = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        newest = max(map(load_record, folder.glob("*.json")), key=lambda r: r["started"])
+        parts.append(f"**{newest['device']}**\n\n{markdown_summary(newest)}")
+    return "\n".join(parts)
+
+
 def _inspect(rows):
+    shown = (*MATRIX, *TMA)
     return _table(
         ["kernel", "case", "registers", "spills", "shared bytes", "matrix instructions"],
         [
             [
                 " ".join((row["kernel"].strip("_"), row["config"].get("EPILOGUE", ""))).strip(),
                 row["case"], row["registers"], row["spills"], f"{row['shared_bytes']:,}",
-                ", ".join(f"{n} {name}" for name, n in row["instructions"].items()) or "–",
+                ", ".join(f"{n} {k}" for k, n in row["instructions"].items() if k in shown) or "–",
             ]
             for row in rows
         ],

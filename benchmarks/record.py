@@ -24,7 +24,10 @@ SCHEMA = 1
 NAME = "record.json"
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-_NEEDED = ("device", "entries", "ceilings", "left_out", "commit")
+_NEEDED = (
+    "device", "driver", "torch", "triton", "commit", "dirty", "command", "started", "seconds",
+    "complete", "machine", "providers", "ceilings", "entries", "left_out",
+)  # fmt: skip
 
 
 def new_record(device):

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
+# ceilings that moved by more than this share mark a run
+DRIFT_LIMIT = 0.02
 # (bandwidth in GB/s, dense matrix rate in TFLOP/s by dtype), from the makers' datasheets: NVIDIA
 # H200, H100 and A100 Tensor Core GPU datasheets, L40S and RTX 4090 product pages
 _NOMINAL = {

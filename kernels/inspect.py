@@ -1,8 +1,9 @@
-"""What the compiler made of the kernels, on a machine without a GPU.
+"""What the compiler made of a kernel, on a machine without a GPU.
 
-The real launchers run on fake CUDA tensors; `JITFunction.run` compiles each launch for the target
-instead of running it. The artefact is then read with the tools that Triton ships: registers and the
-stack that holds spills, shared memory, matrix and TMA instructions.
+The catalog's kernels: the real launchers run on fake CUDA tensors, and `JITFunction.run` compiles
+each launch for the target instead of running it. A user's kernel is compiled by its signature.
+The artefact is then read: registers and the stack that holds spills, shared memory, how many
+programs a multiprocessor holds, and the instructions (`sass`, `occupancy`).
 
 Needs a process of its own in which Triton's interpreter is off.
 """
@@ -11,11 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-import subprocess
-import tempfile
 import warnings
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +23,9 @@ from gaugeblock.reference.catalog import CATALOG, find
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
+from . import user_kernel
 from ._launch import INTERPRETED
+from .sass import read_artefact
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,14 +33,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# the most shared memory one program may have, in bytes
-_SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-# what counts as a matrix or bulk-copy instruction, by mnemonic
-_COUNTED = re.compile(r"\b(HGMMA|QGMMA|UTCHMMA|UTCQMMA|HMMA|DMMA|UTMALDG|UTMASTG|UTMAREDG|v_mfma)")
-# a product of 16-bit tiles in Triton's first representation, and its rows
-_HALF_PRODUCT = re.compile(r"tt\.dot .* : tensor<(\d+)x\d+x(?:b?f16)>")
-# stack that the compiler keeps without a spill: alignment, and 3.9's frame on sm_80
-_STACK_FREE = 48
 
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -77,12 +68,18 @@ class _Driver:
 
 @contextlib.contextmanager
 def _compiling(target):
-    """Inside, every kernel launch is compiled for `target` and kept; yields the list of them."""
+    """Inside, every kernel launch is compiled for `target` and kept; yields the list of them.
+
+    What does not compile is kept as its error.
+    """
     kept = []
     run = triton.runtime.JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **options):
-        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        try:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        except Exception as error:
+            compiled = error
         config = {k: v for k, v in options.items() if isinstance(v, (int, bool, str))}
         kept.append((kernel.fn.__name__, config, compiled))
         return compiled
@@ -96,35 +93,89 @@ def _compiling(target):
         triton.runtime.JITFunction.run = run
 
 
-def inspect(ops=(), target="sm_90", dtype="bfloat16"):
+def inspect(ops=(), target="sm_90", dtype="bfloat16", cases=()):
     """Compile the catalog's "aot" cases of `ops` (all by default) for a target.
 
-    Returns a list of {"op", "case", "kernel", "config", "target", "triton", "registers", "spills",
-    "shared_bytes", "instructions", "passed", "reason"}. A row passes when it compiles, does not
-    spill, fits the chip's shared memory and runs 16-bit products on the matrix units.
-    Raises ValueError for an unknown op or target, or where the interpreter is on.
+    cases: names of cases; all "aot" ones by default.
+    Returns a list of {"op", "case", "dtype", "kernel", "config", "target", "triton", "registers",
+    "spills", "spills_in_loops", "shared_bytes", "occupancy", "instructions", "narrow_offsets",
+    "passed", "reason"}. A row passes when it compiles, does not spill, fits the chip's shared
+    memory, runs its products on the units that it should and computes its addresses in 64 bits.
+    Raises ValueError for an unknown op, target or case, or where the interpreter is on.
     """
-    if target not in TARGETS:
-        raise ValueError(f"inspect: target must be one of {', '.join(TARGETS)}, got {target!r}")
-    if dtype not in _TORCH:
-        raise ValueError(f"inspect: dtype must be one of {', '.join(_TORCH)}, got {dtype!r}")
+    _expect("target", target, TARGETS)
+    _expect("dtype", dtype, _TORCH)
+    _expect_compiler()
+    chosen = [find(name) for name in ops] or [op for op in CATALOG.values() if op.kernel is None]
+    for op in chosen:
+        if op.kernel:
+            raise ValueError(f"inspect: {op.name} must have a kernel, got none ({op.kernel})")
+    known = [(op, case) for op in chosen for case in op.cases if "aot" in case.tags]
+    for name in cases:
+        _expect("case", name, dict.fromkeys(case.name for _, case in known))
+    return [
+        {"op": op.name, "case": case.name, "dtype": dtype, "kernel": name, "config": config}
+        | _read(compiled, target)
+        for op, case in known
+        if not cases or case.name in cases
+        for name, config, compiled in _launches(op, case, target, dtype)
+    ]
+
+
+def inspect_kernel(
+    kernel, signature, constants=None, *, target="sm_90", num_warps=None, num_stages=None
+):
+    """Compile a user's `@triton.jit` kernel for a target.
+
+    kernel:    "module:function", the working folder searched first, or the kernel itself;
+               `triton.autotune` and `triton.heuristics` may stand around it.
+    signature: the types of its parameters that are neither constexpr nor in `constants`, in order,
+               in Triton's words: "*bf16,*bf16,i32:16,fp32". ":16" promises a multiple of 16 (every
+               pointer and most strides are one), ":1" the number 1, as a launch would find.
+    constants: {parameter: value}, for every constexpr without a default. What is not given comes
+               from the autotuner's configurations, each of which makes a row.
+    Returns rows as `inspect` does, with the kernel's name for the op, the signature for the case
+    and no dtype; addresses in 32 bits are counted and fail nothing.
+    Raises ValueError for what cannot be found, does not fit or does not compile.
+    """
+    _expect("target", target, TARGETS)
+    _expect_compiler()
+    if isinstance(kernel, str):
+        name = kernel
+        kernel, configs = user_kernel.load(name)
+    else:
+        name = getattr(kernel, "__name__", type(kernel).__name__)
+        kernel, configs = user_kernel.unwrap(kernel, name)
+    triton.runtime.driver.set_active(_Driver(TARGETS[target]))
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {k: v for k, v in options.items() if v is not None}
+    rows = []
+    for source, fixed, launch in user_kernel.variants(
+        kernel, configs, signature, constants or {}, options
+    ):
+        try:
+            compiled = triton.compile(source, target=TARGETS[target], options=launch)
+        except Exception as error:
+            said = user_kernel.explain(error)
+            raise ValueError(f"inspect: {name} does not compile for {target}: {said}") from None
+        config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in fixed.items()}
+        config |= {k: getattr(compiled.metadata, k) for k in ("num_warps", "num_stages")}
+        rows.append(
+            {"op": name, "case": signature, "dtype": None, "kernel": kernel.__name__}
+            | {"config": config}
+            | read_artefact(compiled, target)
+        )
+    return rows
+
+
+def _expect(what, value, choices):
+    if value not in choices:
+        raise ValueError(f"inspect: {what} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _expect_compiler():
     if INTERPRETED:
         raise ValueError("inspect: TRITON_INTERPRET must be off, got 1; unset it")
-    chosen = [find(name) for name in ops] or list(CATALOG.values())
-    for op in chosen:
-        if ops and op.kernel:
-            raise ValueError(f"inspect: {op.name} must have a kernel, got none ({op.kernel})")
-    rows = []
-    for op in chosen:
-        for case in op.cases:
-            if op.kernel or "aot" not in case.tags:
-                continue
-            for name, config, compiled in _launches(op, case, target, dtype):
-                rows.append(
-                    {"op": op.name, "case": case.name, "kernel": name, "config": config}
-                    | read_artefact(compiled, target)
-                )
-    return rows
 
 
 def _launches(op, case, target, dtype):
@@ -148,56 +199,17 @@ def _launches(op, case, target, dtype):
     return kept
 
 
-def read_artefact(compiled, target):
-    """Registers, spills, shared memory and instructions of a compiled kernel, and the verdict."""
-    row = {
-        "target": target,
-        "triton": triton.__version__,
-        "registers": None,
-        "spills": None,
-        "shared_bytes": compiled.metadata.shared,
-    }
-    if "cubin" in compiled.asm:
-        usage, code = _disassemble(compiled.asm["cubin"])
-        row["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-        # spilled registers live on the stack; LOCAL stays 0 beside them
-        stack = int(re.search(r"STACK:(\d+)", usage)[1])
-        row["spills"] = stack if stack > _STACK_FREE else 0
-    else:
-        code = compiled.asm["amdgcn"]
-    row["instructions"] = dict(Counter(m[1] for m in _COUNTED.finditer(code)))
-    reasons = []
-    wanted = _matrix_instruction(compiled.asm["ttir"], target)
-    if wanted and wanted not in row["instructions"]:
-        reasons.append(f"runs its products without {wanted}")
-    if row["spills"]:
-        reasons.append(f"spills {row['spills']} bytes")
-    if row["shared_bytes"] > _SHARED_LIMIT.get(target, row["shared_bytes"]):
-        reasons.append(f"needs more than {_SHARED_LIMIT[target]} bytes of shared memory")
-    return row | {"passed": not reasons, "reason": "; ".join(reasons)}
-
-
-def _matrix_instruction(ttir, target):
-    """The instruction that the kernel's 16-bit products must become on this target, or None."""
-    rows = [int(m[1]) for m in _HALF_PRODUCT.finditer(ttir)]
-    if not rows or target not in ("sm_80", "sm_90"):
-        return None
-    # Hopper's warpgroup products start at 64 rows
-    return "HGMMA" if target == "sm_90" and max(rows) >= 64 else "HMMA"
-
-
-def _disassemble(cubin):
-    """(resource usage, SASS) as cuobjdump prints them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        return tuple(
-            subprocess.run(
-                [tool / program, *flags, path], capture_output=True, text=True, check=True
-            ).stdout
-            for program, *flags in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
+def _read(compiled, target):
+    """The artefact's part of a row; a kernel that did not compile has nothing but its reason."""
+    if not isinstance(compiled, Exception):
+        return read_artefact(compiled, target, wide_offsets=True)
+    unknown = ("registers", "spills", "spills_in_loops", "shared_bytes", "occupancy")
+    return (
+        {"target": target, "triton": triton.__version__}
+        | dict.fromkeys(unknown)
+        | {"instructions": {}, "narrow_offsets": None, "passed": False}
+        | {"reason": f"does not compile: {user_kernel.explain(compiled)}"}
+    )
 
 
 def save(rows, path):

@@ -48,7 +48,7 @@ def test_the_new_op_compiles_and_is_timed(copy):
     assert "rms_norm_bwd_kernel" in ran.stdout
     ran = run(copy, "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "-k", "rms_norm")
     assert ran.returncode == 0, ran.stdout[-3000:]
-    assert "rms_norm-cpu_bench-bwd-eager" in ran.stdout
+    assert "rms_norm-cpu_bench-bwd-gaugeblock" in ran.stdout
 
 
 def test_a_forgotten_part_is_noticed(copy):
