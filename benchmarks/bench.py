@@ -151,7 +151,7 @@ class _Run:
                 honesty.clocks()
                 passed[provider] = results
             except Refused as refused:
-                self._leave_out(where, directions, provider.name, str(refused))
+                self._leave_out(where, directions, provider.name, str(refused), refused=True)
         return gate, passed
 
     def _timed(self, op, case, dtype, direction, gate, found, share_s):
@@ -166,7 +166,7 @@ class _Run:
                 honesty.clocks()
                 contenders[provider] = contender
             except Refused as refused:
-                self._leave_out(where, [direction], provider.name, str(refused))
+                self._leave_out(where, [direction], provider.name, str(refused), refused=True)
             except Exception as error:
                 self._leave_out(where, [direction], provider.name, _first_line(error))
         if not contenders:
@@ -188,7 +188,7 @@ class _Run:
                 honesty.after(contender, sets, gate, self.clock, times)
                 honesty.clocks()
             except Refused as refused:
-                self._leave_out(where, [direction], provider.name, str(refused))
+                self._leave_out(where, [direction], provider.name, str(refused), refused=True)
                 continue
             entry = self._entry(
                 op, case, dtype, direction, contender, times, results, read + written, flops
@@ -248,12 +248,12 @@ class _Run:
         self.clock.synchronize()
         return (self.telemetry.energy_j() - start) / n
 
-    def _leave_out(self, where, directions, provider, reason):
+    def _leave_out(self, where, directions, provider, reason, refused=False):
         op, case, dtype = where
         for direction in directions:
             self.record["left_out"].append(
                 {"op": op, "case": case, "dtype": dtype, "direction": direction,
-                 "provider": provider, "reason": reason}
+                 "provider": provider, "reason": reason, "refused": refused}
             )  # fmt: skip
 
     def _tell(self, where, direction):

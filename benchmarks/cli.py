@@ -34,6 +34,7 @@ def bench(
     from gaugeblock.reference.oracle.worker import search_working_folder
 
     from .bench import bench as run
+    from .providers import OURS
     from .report import print_record
 
     search_working_folder()
@@ -44,6 +45,8 @@ def bench(
         budget_s=budget_s, seed=seed,
     )  # fmt: skip
     print_record(record)
+    wrong = any(x["provider"] == OURS and x["refused"] for x in record["left_out"])
+    raise typer.Exit(1 if wrong else 0)
 
 
 @app.command()

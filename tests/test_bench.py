@@ -18,7 +18,7 @@ from gaugeblock.benchmarks.providers import Provider
 from gaugeblock.benchmarks.record import CHECKOUT, load_record
 from gaugeblock.reference.catalog import CATALOG
 
-from tests.helpers import gaugeblock
+from tests.helpers import gaugeblock, python
 
 SCHEMA = json.loads((CHECKOUT / "benchmarks" / "record.schema.json").read_text())
 CEILINGS = {
@@ -55,7 +55,7 @@ def refusal(record):
     """Why "mine" got no time; plain torch must have one."""
     assert set(times(record)) == {"plain"}
     (left,) = [x for x in record["left_out"] if x["provider"] == "mine"]
-    assert "\n" not in left["reason"]
+    assert left["refused"] and "\n" not in left["reason"]
     return left["reason"]
 
 
@@ -315,6 +315,31 @@ def test_every_timed_case_has_a_smaller_one(op):
             assert all(after[d] <= before[d] for d in before) and after != before
 
 
+def test_the_command_says_whether_our_own_kernel_was_refused(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from gaugeblock.benchmarks.providers import Provider\n"
+        "from gaugeblock.kernels import eager\n"
+        "mine = Provider('mine', '1', {'layer_norm': lambda x, w, b, eps=1e-5: 1.01 * x})\n"
+    )
+    arguments = ("layer_norm", "--direction", "fwd", "--budget-s", "8", "--out", "out")
+    ran = gaugeblock("bench", *arguments, "--providers", "mine:mine,gaugeblock", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    record = load_record(tmp_path / "out")
+    assert set(times(record)) == {"gaugeblock"}
+    assert [x["reason"][:6] for x in record["left_out"] if x["refused"]] == ["wrong "]
+    assert "layer_norm fwd" in ran.stdout
+    broken = (
+        "from gaugeblock import kernels\n"
+        "kernels.layer_norm = lambda x, w, b, eps=1e-5, impl='auto': 1.01 * x\n"
+        "import sys\n"
+        "from gaugeblock.__main__ import main\n"
+        f"sys.argv = ['gaugeblock', 'bench', *{arguments!r}, '--providers', 'gaugeblock']\n"
+        "main()\n"
+    )
+    ran = python("-c", broken, cwd=tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -336,7 +361,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "must hold JSON"), ("[]", "must have schema 1"), ('{"schema": 2}', "must have schema 1"),
-     ('{"schema": 1}', "must hold device, entries")],
+     ('{"schema": 1}', "must hold device, driver")],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(content, message, tmp_path):
     (tmp_path / "record.json").write_text(content)
