@@ -126,7 +126,9 @@ class _Run:
         for provider in self.providers:
             reasons = {d: provider.cannot(op, case, dtype, d) for d in directions}
             for d, reason in reasons.items():
-                if reason and op.name in provider.ops:
+                # that a peer lacks an op is said by its name; that we do, has a reason
+                reason = op.kernel if provider.name == OURS and op.kernel else reason
+                if reason and (op.name in provider.ops or provider.name == OURS):
                     self._leave_out(where, [d], provider.name, reason)
             able[provider] = [d for d, reason in reasons.items() if not reason]
         able = {p: ds for p, ds in able.items() if ds}

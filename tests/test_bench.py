@@ -263,6 +263,12 @@ def test_a_run_that_is_cut_leaves_a_valid_record(timed, tmp_path, monkeypatch):
     assert set(times(record)) == {"plain", "mine"}
 
 
+def test_an_op_without_a_kernel_has_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module.ceilings, "measure", lambda *_: dict(CEILINGS))
+    record = bench(["dropout"], out=tmp_path, budget_s=2, providers=["gaugeblock"], say=print)
+    assert {x["reason"] for x in record["left_out"]} == {CATALOG["dropout"].kernel}
+
+
 def test_an_exception_is_a_reason(timed):
     def breaks(x, w, b, eps=1e-5):
         raise RuntimeError("no kernel\nfor this")
