@@ -80,7 +80,7 @@ def load_record(path):
     try:
         record = json.loads(file.read_text())
     except OSError as error:
-        raise ValueError(f"record: {path} must be readable, {error.strerror}") from None
+        raise ValueError(f"record: {file} must be readable, {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"record: {file} must hold JSON, {error}") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
