@@ -22,7 +22,7 @@ test: $(READY)
 	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 gpu: $(READY)
-	$(RUN) -m gaugeblock.benchmarks.gpu
+	$(RUN) -m gaugeblock.benchmarks.gpu $(if $(OUT),--out "$(OUT)")
 
 # every case, dtype, layout and implementation on the GPU: each compiles, so this takes long
 gpu-tests: $(READY)

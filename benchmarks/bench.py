@@ -26,8 +26,8 @@ _CEILINGS = 0.1
 # a case gets this share of what is left at least: rather few cases than none well
 _LEAST_SHARE = 1 / 16
 # seconds that are spent on timing in any case, however long the rest took
-_LEAST_TIMED_S = 0.5
-_ENERGY_S = 0.3
+_LEAST_TIMED_S = {"cpu": 0.5, "cuda": 1.5}
+_ENERGY_S = 0.5
 # rounds between two looks at the chip's state
 _WATCHED = 8
 
@@ -89,24 +89,33 @@ class _Run:
         self.writer.save()
         # they take as long again at the end
         ceilings_s = time.monotonic() - self.started
-        end, longest = self.started + self.budget_s - 1.2 * ceilings_s, 0.0
-        for number, point in enumerate(self.points):
-            begun = time.monotonic()
-            left = end - begun
-            # what one case took, the next may take
-            if left <= longest:
-                for op, case, dtype in self.points[number:]:
-                    reason = f"the time budget of {self.budget_s:g} s was spent"
-                    self._leave_out((op.name, case.name, dtype), self._of(op), None, reason)
-                break
-            self._point(*point, max(left / (len(self.points) - number), _LEAST_SHARE * left))
-            longest = max(longest, time.monotonic() - begun)
+        self.end, took = self.started + self.budget_s - 1.2 * ceilings_s, {}
+        for number, (op, case, dtype) in enumerate(self.points):
+            begun, where = time.monotonic(), (op.name, case.name, dtype)
+            left = self.end - begun
+            # what one case took, the op's next one may take
+            if left <= took.get(op.name, 0.0):
+                reason = f"the time budget of {self.budget_s:g} s was spent"
+                self._leave_out(where, self._of(op), None, reason)
+                continue
+            share = max(left / (len(self.points) - number), _LEAST_SHARE * left)
+            try:
+                self._point(op, case, dtype, share)
+            except Exception as error:
+                # somebody broke more than a call of theirs
+                self._leave_out(where, self._of(op), None, _first_line(error))
+            took[op.name] = time.monotonic() - begun
             self.writer.save()
         self._close(before)
         return self.record
 
     def _close(self, before):
-        after = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
+        try:
+            after = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
+        except RuntimeError:
+            # a device that a call has broken; the record stays incomplete
+            self.writer.save()
+            return
         drift = roofline.drift(before, after)
         self.record["ceilings"] |= {"after": after, "drift": drift}
         if drift > roofline.DRIFT_LIMIT:
@@ -152,32 +161,22 @@ class _Run:
                 results = gate.check(provider.ops[op.name], "bwd" in directions)
                 honesty.clocks()
                 passed[provider] = results
-            except Refused as refused:
-                self._leave_out(where, directions, provider.name, str(refused), refused=True)
+            except Exception as error:
+                self._refuse(where, directions, provider, error)
         return gate, passed
 
     def _timed(self, op, case, dtype, direction, gate, found, share_s):
         """Entries of the providers in one direction, timed turn about."""
         where, end = (op.name, case.name, dtype), time.monotonic() + share_s
         sets = InputSets(gate.expectation, self.device)
-        contenders = {}
-        for provider in found:
-            try:
-                contender = Contender(provider.name, provider.ops[op.name], sets, direction)
-                honesty.before(contender, sets)
-                honesty.clocks()
-                contenders[provider] = contender
-            except Refused as refused:
-                self._leave_out(where, [direction], provider.name, str(refused), refused=True)
-            except Exception as error:
-                self._leave_out(where, [direction], provider.name, _first_line(error))
+        contenders = self._contenders(op, where, direction, found, sets)
         if not contenders:
             return
         seen = []
         samples = timing.interleave(
             self.clock,
             {p.name: c.run for p, c in contenders.items()},
-            max(0.7 * (end - time.monotonic()), _LEAST_TIMED_S),
+            max(0.7 * (end - time.monotonic()), _LEAST_TIMED_S[self.device]),
             self.rng,
             watch=lambda number: number % _WATCHED or seen.append(self.telemetry.sample()),
         )
@@ -186,17 +185,32 @@ class _Run:
             read, written = op.traffic(case, getattr(torch, dtype).itemsize, direction)
             flops = op.flop_count(case, direction)
             try:
-                honesty.floor(times, roofline.floor_ms(self.record["device"], dtype, read, flops))
+                # some backwards compute again what others keep
+                least = min(flops, 2 * op.flop_count(case))
+                honesty.floor(times, roofline.floor_ms(self.record["device"], dtype, read, least))
                 honesty.after(contender, sets, gate, self.clock, times)
                 honesty.clocks()
-            except Refused as refused:
-                self._leave_out(where, [direction], provider.name, str(refused), refused=True)
+            except Exception as error:
+                self._refuse(where, [direction], provider, error)
                 continue
             entry = self._entry(
                 op, case, dtype, direction, contender, times, results, read + written, flops
             ) | {"telemetry": summed_up(seen), "energy_j": self._energy(contender, times)}
             self.record["entries"].append(entry)
         self._tell(where, direction)
+
+    def _contenders(self, op, where, direction, found, sets):
+        """{provider: what is timed of it} of those that can be called again and again."""
+        contenders = {}
+        for provider in found:
+            try:
+                contender = Contender(provider.name, provider.ops[op.name], sets, direction)
+                honesty.before(contender, sets)
+                honesty.clocks()
+                contenders[provider] = contender
+            except Exception as error:
+                self._refuse(where, [direction], provider, error)
+        return contenders
 
     def _entry(self, op, case, dtype, direction, contender, times, results, moved, flops):
         quantiles = times.quantiles()
@@ -240,7 +254,7 @@ class _Run:
 
     def _energy(self, contender, times):
         """Joules of a call, from a row of calls; None where nothing counts them."""
-        if self.telemetry.energy_j() is None:
+        if self.telemetry.energy_j() is None or time.monotonic() > self.end:
             return None
         n = max(1, round(1e3 * _ENERGY_S / times.median))
         self.clock.synchronize()
@@ -249,6 +263,13 @@ class _Run:
             contender.run(number)
         self.clock.synchronize()
         return (self.telemetry.energy_j() - start) / n
+
+    def _refuse(self, where, directions, provider, error):
+        """Leave a provider out for what it did. Ours has no excuse."""
+        refused = isinstance(error, Refused)
+        wrong = (refused and error.wrong) or provider.name == OURS
+        reason = str(error) if refused else _first_line(error)
+        self._leave_out(where, directions, provider.name, reason, wrong)
 
     def _leave_out(self, where, directions, provider, reason, refused=False):
         op, case, dtype = where

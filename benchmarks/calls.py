@@ -93,18 +93,19 @@ class Contender:
 
     def eager(self, tensors, factor=1.0):
         """A call on these tensors, without a graph; a backward's output gradients times factor."""
-        fn, options = self.fn, self.sets.options
+        # no closure holds this object, or its memory would wait for the collector
+        fn, sets, options = self.fn, self.sets, self.sets.options
         if self.direction == "fwd":
 
             def forward():
                 with torch.no_grad():
-                    return _outputs(fn(*tensors, **options), tensors, self.sets)
+                    return _outputs(fn(*tensors, **options), tensors, sets)
 
             return forward
-        leaves = [t for n, t in zip(self.sets.names, tensors) if n in self.sets.differentiable]
+        leaves = [t for n, t in zip(sets.names, tensors) if n in sets.differentiable]
         outputs = [
             (y, dy)
-            for y, dy in zip(_outputs(fn(*tensors, **options), tensors, self.sets), self.sets.dys)
+            for y, dy in zip(_outputs(fn(*tensors, **options), tensors, sets), sets.dys)
             if y.requires_grad
         ]
         ys = [y for y, _ in outputs]
@@ -131,10 +132,14 @@ class Contender:
 
     def poison(self):
         """NaN into what the graph of the first set writes: it must write all of it again."""
-        if self.graph:
-            for t in self.results[0]:
-                if t.is_floating_point():
-                    t.fill_(float("nan"))
+        if not self.graph:
+            return
+        # what is updated in place is an input
+        given = [t for t in self.sets.sets[0] if t is not None]
+        kept = {t.untyped_storage().data_ptr() for t in given}
+        for t in self.results[0]:
+            if t.is_floating_point() and t.untyped_storage().data_ptr() not in kept:
+                t.fill_(float("nan"))
 
     @contextlib.contextmanager
     def _aside(self):
@@ -145,22 +150,35 @@ class Contender:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self):
+        before = torch.cuda.current_stream()
         try:
             for call in self.calls:
                 with self._aside():
-                    for _ in range(2):
-                        call()
+                    call()
+                    _expect_no_wait(call)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=self.stream):
+                # other libraries' threads do not break it
+                with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                     result = call()
                 self.graphs.append(graph)
                 self.results.append(result)
             self.graph = True
         except RuntimeError as error:
-            # it synchronises, or leaves work on a stream of its own
+            # it waits, or leaves work on another stream; a capture that fails leaves its own current
+            torch.cuda.set_stream(before)
             torch.cuda.synchronize()
             self.graphs, self.results = [], []
             self.why_no_graph = str(error).splitlines()[0]
+
+
+def _expect_no_wait(call):
+    """RuntimeError for a call that waits for the device; a capture of it could not be undone."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _outputs(returned, tensors, sets):

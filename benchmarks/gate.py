@@ -5,6 +5,8 @@ It must be right at a smaller shape too, so that nothing is timed which knows on
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import torch
 from gaugeblock.reference.oracle import Case
@@ -16,7 +18,14 @@ DIRECTIONS = ("fwd", "bwd")
 
 
 class Refused(Exception):
-    """Why a provider gets no time, in one line."""
+    """Why a provider gets no time, in one line.
+
+    wrong: whether it answered; one that raised may lack the case or the memory.
+    """
+
+    def __init__(self, reason, wrong=True):
+        super().__init__(reason)
+        self.wrong = wrong
 
 
 class Gate:
@@ -73,6 +82,8 @@ class _Point:
 def passed(results, where=""):
     """Raise `Refused` with the first failure, if there is one."""
     failures = [r for r in results if not r.passed]
+    if failures and failures[0].kind == "exception" and not where:
+        raise Refused(failures[0].hint, wrong=False)
     if failures:
         raise Refused(f"wrong {where}{describe(failures[0])}")
 
@@ -106,4 +117,5 @@ def _resized(op, case, smaller):
 def free_memory(device):
     """Give memory that nobody uses back to the device."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

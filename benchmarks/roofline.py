@@ -2,7 +2,7 @@
 
     roof  = max(bytes / copy rate at that many bytes, flops / matrix rate), or the time of an event
             pair around nothing where that is more
-    floor = max(bytes read / nominal bandwidth, flops / nominal matrix rate)
+    floor = max(bytes read / nominal bandwidth, least flops / nominal matrix rate)
 
 Nothing beats the floor honestly, so a time under it is an error. A chip that is not in the table
 has no floor.
@@ -14,6 +14,8 @@ import numpy as np
 
 # ceilings that moved by more than this share mark a run
 DRIFT_LIMIT = 0.02
+# bytes
+_LARGE = 1 << 26
 # (bandwidth in GB/s, dense matrix rate in TFLOP/s by dtype), from the makers' datasheets: NVIDIA
 # H200, H100 and A100 Tensor Core GPU datasheets, L40S and RTX 4090 product pages
 _NOMINAL = {
@@ -62,6 +64,11 @@ def copy_gb_s(ceilings, bytes_moved):
 def drift(before, after):
     """The largest relative change of a ceiling."""
     pairs = [(before["exp_t_s"], after["exp_t_s"])]
-    for name in ("copy_gb_s", "matrix_tflop_s"):
-        pairs += [(x, after[name][key]) for key, x in before[name].items()]
+    pairs += [(x, after["matrix_tflop_s"][key]) for key, x in before["matrix_tflop_s"].items()]
+    # small copies take as long as the clock's own noise
+    pairs += [
+        (x, after["copy_gb_s"][key])
+        for key, x in before["copy_gb_s"].items()
+        if key in after["copy_gb_s"] and int(key) >= _LARGE
+    ]
     return max(abs(b / a - 1) for a, b in pairs)

@@ -39,8 +39,12 @@ class Telemetry:
             if nvml is None:
                 self.reason = "nvidia-ml-py does not load"
                 return
+            try:
+                self.handle = nvml.nvmlDeviceGetHandleByUUID(_uuid())
+            except nvml.NVMLError:
+                self.reason = "NVML does not know this device"
+                return
             self.nvml = nvml
-            self.handle = nvml.nvmlDeviceGetHandleByUUID(_uuid())
         self.no_energy = self._ask("nvmlDeviceGetTotalEnergyConsumption") is None
 
     def energy_j(self):
@@ -68,7 +72,8 @@ class Telemetry:
             return None
         try:
             return getattr(self.nvml, function)(self.handle, *arguments)
-        except self.nvml.NVMLError:
+        except (self.nvml.NVMLError, AttributeError):
+            # newer libraries drop old questions
             return None
 
 

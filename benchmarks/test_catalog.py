@@ -60,6 +60,6 @@ def test_time(benchmark, measured, op, case, name, direction):
     benchmark.group = f"{op.name} {case.name} {direction}"
     benchmark.pedantic(TIMER.timed(lambda: contender.run(0)), rounds=10, warmup_rounds=2)
     benchmark.extra_info.update(provider=name, dtype=DTYPE, flops=flops, bytes=moved, roof=roof)
-    if benchmark.stats:
+    if benchmark.stats and roof_ms:
         median_ms = 1e3 * benchmark.stats.stats.median
         benchmark.extra_info["percent_of_roof"] = 100 * roof_ms / median_ms

@@ -31,7 +31,7 @@ MOST_SAMPLES = 1000
 WARM_UPS = 3
 # the median's 95% interval is at most this much of it, each way
 INTERVAL = 0.01
-# bytes written to empty the caches: those of a core; at least four times that on a GPU
+# bytes written to empty the caches of a core; at least eight times that on a GPU
 _LEAST_FLUSH = 32 << 20
 
 
@@ -98,7 +98,8 @@ class DeviceClock:
 
     def __init__(self):
         chip = torch.cuda.get_device_properties(torch.cuda.current_device())
-        size = max(2 * chip.L2_cache_size, 4 * _LEAST_FLUSH)
+        # writing it takes longer than the host needs to queue events and a graph
+        size = max(4 * chip.L2_cache_size, 8 * _LEAST_FLUSH)
         self.flushed = torch.empty(size // 4, device="cuda")
         self.overhead_ms = self._overhead()
 
@@ -130,11 +131,12 @@ class DeviceClock:
 
     def _overhead(self):
         """What the events around a call that does nothing of note measure."""
-        cell = torch.zeros(1, device="cuda")
-        tokens = []
+        cell, graph, tokens = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            cell.zero_()
         for _ in range(2 * LEAST_SAMPLES):
             self.flush()
-            tokens.append(self.time(cell.zero_))
+            tokens.append(self.time(graph.replay))
         return float(np.median(self.milliseconds(tokens)[LEAST_SAMPLES:]))
 
 

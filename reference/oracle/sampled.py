@@ -11,7 +11,9 @@ finite.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -122,10 +124,15 @@ class SampledContent:
 
     @cached_property
     def legal(self):
-        return [
-            self._computed(arithmetic, [p for p in self.parts if p.runs > number])
-            for number, arithmetic in enumerate(self.expectation.arithmetics())
-        ]
+        # what the parts keep for each other comes from the exact run
+        _ = self.exact
+        runs = list(enumerate(self.expectation.arithmetics()))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            return list(pool.map(lambda run: self._computed(run[1], self._with(run[0])), runs))
+
+    def _with(self, number):
+        """The parts that have a legal run of this number."""
+        return [part for part in self.parts if part.runs > number]
 
     def bound(self, part, i, dtype):
         """What the elements must be and how far off they may be."""

@@ -50,6 +50,13 @@ LAYER_NORM = row(
 )
 
 
+def _residual_moves(c, itemsize, direction):
+    """Backward takes the sum h in place of its terms, whose gradients are one tensor."""
+    if direction == "fwd":
+        return itemsize * (2 * c.M * c.N + 2 * c.N), itemsize * 2 * c.M * c.N
+    return itemsize * (3 * c.M * c.N + c.N), itemsize * (c.M * c.N + 2 * c.N)
+
+
 RESIDUAL_LAYER_NORM = row(
     "residual_layer_norm",
     {"x": "M N", "r": "M N", "w": "N", "b": "N"},
@@ -87,6 +94,7 @@ RESIDUAL_LAYER_NORM = row(
     outputs={"y": "M N", "h": "M N"},
     batch="M",
     flops=lambda c, direction: c.M * c.N * (9 if direction == "fwd" else 15),
+    moves=_residual_moves,
     errors=(
         Wrong("r_shape", "r must have shape", shapes={"r": (4, 77)}),
         Wrong("w_length", "w must have shape", shapes={"w": (76,)}),

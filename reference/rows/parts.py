@@ -6,6 +6,8 @@ are taken in blocks of rows; where a gradient is wide, some of its columns are c
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 
 from .._adamw import adamw
@@ -279,14 +281,13 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
     A legal run of dw and db rounds the exact lse to float32, as a kernel keeps it.
     """
     x, w, b = _flat(inputs["x"]), inputs["w"], inputs["b"]
-    kept = {}
+    kept = threading.local()
 
     def wide(take):
-        """w in an arithmetic; one at a time, for it is large."""
-        if take not in kept:
-            kept.clear()
-            kept[take] = take(w)
-        return kept[take]
+        """w in an arithmetic; one at a time in a thread, for it is large."""
+        if getattr(kept, "take", None) is not take:
+            kept.take, kept.w = take, take(w)
+        return kept.w
 
     def logits(rows, take):
         return linear(take(x[rows]), wide(take).T, take(b))[0]

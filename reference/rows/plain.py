@@ -25,8 +25,9 @@ LINEAR = row(
 
 
 def _embedding_moves(c, itemsize, direction):
-    """Of the table, the rows that are looked up; its gradient has them all."""
-    positions, rows = c.B * c.T, min(c.V, c.B * c.T)
+    """Of the table, the different rows of that many draws; its gradient has them all."""
+    positions = c.B * c.T
+    rows = round(c.V * (1 - (1 - 1 / c.V) ** positions))
     if direction == "fwd":
         return 8 * positions + itemsize * (rows + c.T) * c.C, itemsize * positions * c.C
     return (8 + itemsize * c.C) * positions, itemsize * (c.V + c.P) * c.C
