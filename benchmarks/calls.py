@@ -164,7 +164,7 @@ class Contender:
                 self.results.append(result)
             self.graph = True
         except RuntimeError as error:
-            # it waits, or leaves work on another stream; a capture that fails leaves its own current
+            # it waits, or leaves work on another stream; a failed capture leaves its own current
             torch.cuda.set_stream(before)
             torch.cuda.synchronize()
             self.graphs, self.results = [], []
