@@ -19,6 +19,7 @@ from gaugeblock.reference.report import binding
 
 from .markdown import markdown_summary
 from .record import RESULTS, load_record
+from .report import report
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECORDS = CHECKOUT / "docs" / "demo"
@@ -117,10 +118,21 @@ def _quote(text):
 def _performance(results=RESULTS):
     """The newest record of each device against its peers."""
     parts = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        newest = max(map(load_record, folder.glob("*.json")), key=lambda r: r["started"])
-        parts.append(f"**{newest['device']}**\n\n{markdown_summary(newest)}")
+    for folder, path in newest_records(results).items():
+        record = load_record(path)
+        page = (folder / "README.md").relative_to(CHECKOUT).as_posix()
+        title = f"**{record['device']}** ([all figures and plots]({page}))"
+        parts.append(f"{title}\n\n{markdown_summary(record)}")
     return "\n".join(parts)
+
+
+def newest_records(results=RESULTS):
+    """{a device's folder: the record in it that was measured last}."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir())
+    return {
+        folder: max(folder.glob("*.json"), key=lambda path: load_record(path)["started"])
+        for folder in folders
+    }
 
 
 def _inspect(rows):
@@ -286,6 +298,8 @@ def main(demo="runs/demo"):
         keep(demo)
     for page, generated in pages().items():
         page.write_text(fill(page.read_text(), generated))
+    for folder, record in newest_records().items():
+        report([record], markdown=folder / "README.md", png=folder / "plots")
 
 
 if __name__ == "__main__":

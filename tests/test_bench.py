@@ -15,7 +15,8 @@ from gaugeblock.benchmarks.bench import bench
 from gaugeblock.benchmarks.gate import sibling
 from gaugeblock.benchmarks.plan import planned
 from gaugeblock.benchmarks.providers import Provider
-from gaugeblock.benchmarks.record import CHECKOUT, load_record
+from gaugeblock.benchmarks.pytest_timer import AdvancingTimer
+from gaugeblock.benchmarks.record import CHECKOUT, load_record, slug
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.helpers import gaugeblock, python
@@ -381,3 +382,45 @@ def test_what_is_no_record_is_refused(content, message, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="must be readable"):
         load_record(tmp_path / "nothing")
+
+
+def test_pytest_benchmark_knows_the_device(tmp_path):
+    """Its storage is the device's own, and another device's record is no baseline."""
+    flags = ("benchmarks", "-q", "-n", "0", "-k", "layer_norm-cpu_bench-fwd-torch_eager and not residual",
+             f"--benchmark-storage={tmp_path}")  # fmt: skip
+    ran = python("-m", "pytest", *flags, "--benchmark-save=a")
+    assert ran.returncode == 0, ran.stdout[-2000:]
+    (path,) = tmp_path.rglob("*_a.json")
+    saved = json.loads(path.read_text())
+    assert path.parent.name.endswith(slug(saved["machine_info"]["device"]))
+    (test,) = saved["benchmarks"]
+    assert test["extra_info"]["provider"] == "torch_eager"
+    assert test["extra_info"]["bytes"] > 0 and test["extra_info"]["percent_of_roof"] > 0
+    ran = python("-m", "pytest", *flags, "--benchmark-compare=0001")
+    assert ran.returncode == 0, ran.stdout[-2000:]
+    saved["machine_info"]["device"] = "Another GPU"
+    path.write_text(json.dumps(saved))
+    ran = python("-m", "pytest", *flags, "--benchmark-compare=0001")
+    assert ran.returncode != 0
+    assert "device must be the same in both records" in ran.stdout + ran.stderr
+
+
+def test_the_timer_of_pytest_benchmark_goes_on_by_what_the_clock_measured():
+    class Clock:
+        def flush(self):
+            pass
+
+        def time(self, call):
+            call()
+            return "token"
+
+        def milliseconds(self, tokens):
+            return [250.0 for _ in tokens]
+
+    timer, calls = AdvancingTimer("cpu"), []
+    timer.clock = Clock()
+    run = timer.timed(lambda: calls.append(1))
+    assert timer() == 0.0
+    run()
+    run()
+    assert timer() == 0.5 and len(calls) == 2

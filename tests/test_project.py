@@ -1,12 +1,16 @@
 """The README's generated parts, the make targets, and what a run without a GPU says."""
 
 import json
+import re
 import shutil
 import subprocess
 
+import jsonschema
 import pytest
 from gaugeblock.benchmarks import gpu, readme
+from gaugeblock.benchmarks.markdown import markdown
 from gaugeblock.benchmarks.plan import planned
+from gaugeblock.benchmarks.record import load_record
 from gaugeblock.reference._attention import visible_keys
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.rows.attention import _MASKS as MASKS
@@ -14,11 +18,19 @@ from gaugeblock.reference.rows.attention import _MASKS as MASKS
 from gaugeblock import kernels
 from tests.helpers import CHECKOUT, gaugeblock, python
 
+SCHEMA = json.loads((CHECKOUT / "benchmarks" / "record.schema.json").read_text())
+
 
 def test_the_pages_hold_what_the_records_say():
     for page, generated in readme.pages().items():
         text = page.read_text()
         assert readme.fill(text, generated) == text, page
+    for folder, path in readme.newest_records().items():
+        jsonschema.validate(load_record(path), SCHEMA)
+        text = (folder / "README.md").read_text()
+        images = re.findall(r"!\[(.*)\]\(<(.*)>\)", text)
+        assert all((folder / image).exists() for _, image in images)
+        assert text == markdown([load_record(path)], [images])
 
 
 def test_the_readme_has_the_parity_of_every_kernel():
