@@ -10,12 +10,11 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _COMPARED = ("device", "torch", "triton", "driver")
 
 
-def pytest_sessionstart(session):
-    # the plugin's own key does not tell one GPU from another
-    benchmarks = getattr(session.config, "_benchmarksession", None)
-    if benchmarks is not None:
-        key = f"{benchmarks.machine_id}-{slug(device_name(_DEVICE))}"
-        benchmarks.machine_id = benchmarks.storage.default_machine_id = key
+def pytest_configure(config):
+    # the plugin's own key does not tell one GPU from another: each has a folder of its own
+    storage = config.getoption("benchmark_storage", None)
+    if storage and not storage.startswith("elasticsearch"):
+        config.option.benchmark_storage = f"{storage}/{slug(device_name(_DEVICE))}"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -386,13 +386,14 @@ def test_what_is_no_record_is_refused(content, message, tmp_path):
 
 def test_pytest_benchmark_knows_the_device(tmp_path):
     """Its storage is the device's own, and another device's record is no baseline."""
-    flags = ("benchmarks", "-q", "-n", "0", "-k", "layer_norm-cpu_bench-fwd-torch_eager and not residual",
-             f"--benchmark-storage={tmp_path}")  # fmt: skip
+    chosen = "layer_norm-cpu_bench-fwd-torch_eager and not residual"
+    flags = ("benchmarks", "-q", "-n", "0", "-k", chosen, f"--benchmark-storage={tmp_path}")
     ran = python("-m", "pytest", *flags, "--benchmark-save=a")
     assert ran.returncode == 0, ran.stdout[-2000:]
     (path,) = tmp_path.rglob("*_a.json")
     saved = json.loads(path.read_text())
-    assert path.parent.name.endswith(slug(saved["machine_info"]["device"]))
+    device = saved["machine_info"]["device"]
+    assert path.is_relative_to(tmp_path / slug(device))
     (test,) = saved["benchmarks"]
     assert test["extra_info"]["provider"] == "torch_eager"
     assert test["extra_info"]["bytes"] > 0 and test["extra_info"]["percent_of_roof"] > 0
