@@ -425,3 +425,18 @@ def test_the_timer_of_pytest_benchmark_goes_on_by_what_the_clock_measured():
     run()
     run()
     assert timer() == 0.5 and len(calls) == 2
+
+
+def test_the_commands_for_ceilings_and_reports(timed, tmp_path):
+    ran = gaugeblock("ceilings", "--budget-s", "2", "--json", "c/ceilings.json", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "c" / "ceilings.json").read_text())
+    jsonschema.validate(found, SCHEMA["$defs"]["ceilings"])
+    assert f"{found['matrix_tflop_s']['float32']:.3f} TFLOP/s" in ran.stdout
+    timed(plain)
+    ran = gaugeblock("report", "out", "--markdown", "r/s.md", "--html", "r/p.html", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["r/s.md", "r/p.html"]
+    assert "layer_norm fwd" in (tmp_path / "r" / "s.md").read_text()
+    ran = gaugeblock("report", "nothing", cwd=tmp_path)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1

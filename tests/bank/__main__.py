@@ -85,14 +85,18 @@ def record(mutants, found):
         m.name: {
             "bug": m.bug,
             "seen": m.seen,
-            "first": {d: _place(r[0]) for d, r in found[m.name].items() if r},
+            "first": {d: _place(op_of(m), r[0]) for d, r in found[m.name].items() if r},
         }
         for m in mutants
     }
 
 
-def _place(result):
-    return {k: getattr(result, k) for k in ("case", "layout", "output", "kind")}
+def _place(op, result):
+    """Where it was seen, and whether a quick check looks there."""
+    case = next(c for c in op.cases if c.name == result.case)
+    quick = case in op.select("quick") and result.layout in covering_layouts(op, case)
+    place = {k: getattr(result, k) for k in ("case", "layout", "output", "kind")}
+    return place | {"quick": quick}
 
 
 def table(mutants, found):
