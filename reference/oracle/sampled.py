@@ -127,7 +127,10 @@ class SampledContent:
         # what the parts keep for each other comes from the exact run
         _ = self.exact
         runs = list(enumerate(self.expectation.arithmetics()))
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        # each may hold all inputs once more
+        each = _COPIES * self.expectation.op.byte_count(self.expectation.case, 4)
+        threads = max(1, min(len(os.sched_getaffinity(0)), _free_bytes() // each))
+        with ThreadPoolExecutor(int(threads)) as pool:
             return list(pool.map(lambda run: self._computed(run[1], self._with(run[0])), runs))
 
     def _with(self, number):
@@ -274,10 +277,14 @@ def expectation_of(op, case, dtype, seed=0, backward=True):
 
 def fits(op, case):
     """Whether a case and a candidate's tensors of its size fit into the memory that is free."""
+    return _COPIES * op.byte_count(case, 4) < _free_bytes()
+
+
+def _free_bytes():
+    """Memory that is free; no limit where that is not said."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        # no verdict without a figure
-        return True
+        return math.inf
     free = {line.split(":")[0]: line.split()[1] for line in lines}.get("MemAvailable", "inf")
-    return _COPIES * op.byte_count(case, 4) < 1024 * float(free)
+    return 1024 * float(free)
