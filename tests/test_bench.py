@@ -388,7 +388,9 @@ def test_pytest_benchmark_knows_the_device(tmp_path):
     """Its storage is the device's own, and another device's record is no baseline."""
     chosen = "layer_norm-cpu_bench-fwd-torch_eager and not residual"
     flags = ("benchmarks", "-q", "-n", "0", "-k", chosen, f"--benchmark-storage={tmp_path}")
-    ran = python("-m", "pytest", *flags, "--benchmark-save=a")
+    # under xdist the plugin measures nothing
+    alone = {"PYTEST_XDIST_WORKER": None}
+    ran = python("-m", "pytest", *flags, "--benchmark-save=a", **alone)
     assert ran.returncode == 0, ran.stdout[-2000:]
     (path,) = tmp_path.rglob("*_a.json")
     saved = json.loads(path.read_text())
@@ -397,11 +399,11 @@ def test_pytest_benchmark_knows_the_device(tmp_path):
     (test,) = saved["benchmarks"]
     assert test["extra_info"]["provider"] == "torch_eager"
     assert test["extra_info"]["bytes"] > 0 and test["extra_info"]["percent_of_roof"] > 0
-    ran = python("-m", "pytest", *flags, "--benchmark-compare=0001")
+    ran = python("-m", "pytest", *flags, "--benchmark-compare=0001", **alone)
     assert ran.returncode == 0, ran.stdout[-2000:]
     saved["machine_info"]["device"] = "Another GPU"
     path.write_text(json.dumps(saved))
-    ran = python("-m", "pytest", *flags, "--benchmark-compare=0001")
+    ran = python("-m", "pytest", *flags, "--benchmark-compare=0001", **alone)
     assert ran.returncode != 0
     assert "device must be the same in both records" in ran.stdout + ran.stderr
 
