@@ -28,12 +28,14 @@ _LEAST_SHARE = 1 / 16
 # seconds that are spent on timing in any case, however long the rest took
 _LEAST_TIMED_S = {"cpu": 0.5, "cuda": 1.5}
 _ENERGY_S = 0.5
+# for the table and the end of the process
+_CLOSING_S = 1.5
 # rounds between two looks at the chip's state
 _WATCHED = 8
 
 
 def bench(ops=(), *, suite="quick", providers=None, dtypes=None, direction="both", out=None,
-          budget_s=None, device=None, seed=0, say=print):  # fmt: skip
+          budget_s=None, device=None, seed=0, say=print, since=None):  # fmt: skip
     """Time every provider of the ops on a suite's cases; the record, which is also in `out`.
 
     ops:       names from the catalog; all by default.
@@ -44,18 +46,21 @@ def bench(ops=(), *, suite="quick", providers=None, dtypes=None, direction="both
     out:       a folder; one under runs/ by default.
     budget_s:  seconds for everything; 480 on a GPU, 60 on a CPU by default. What does not fit is
                named in the record.
+    since:     when the budget began, by time.monotonic(); now by default.
     Raises ValueError for a name that is none.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = _Run(ops, suite, providers, dtypes, direction, device, budget_s, seed, say)
+    run = _Run(ops, suite, providers, dtypes, direction, device, budget_s, seed, say, since)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return run.into(Path(out) if out else Path("runs") / f"bench-{stamp}")
 
 
 class _Run:
-    def __init__(self, ops, suite, names, dtypes, direction, device, budget_s, seed, say):
+    def __init__(
+        self, ops, suite, names, dtypes, direction, device, budget_s, seed, say, since=None
+    ):  # fmt: skip
         self.device, self.seed, self.say = device, seed, say
-        self.started = time.monotonic()
+        self.started = time.monotonic() if since is None else since
         self.budget_s = budget_s or (480 if device == "cuda" else 60)
         if self.budget_s <= 0:
             raise ValueError(f"bench: budget-s must be more than 0, got {budget_s}")
@@ -84,12 +89,13 @@ class _Run:
         self.writer = Writer(folder, self.record)
         self.clock, self.telemetry = timing.clock(self.device), Telemetry(self.device)
         self.record["machine"]["clock_overhead_ms"] = self.clock.overhead_ms
+        begun = time.monotonic()
         before = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
         self.record["ceilings"] = {"before": before, "after": None, "drift": None}
         self.writer.save()
         # they take as long again at the end
-        ceilings_s = time.monotonic() - self.started
-        self.end, took = self.started + self.budget_s - 1.2 * ceilings_s, {}
+        ceilings_s = time.monotonic() - begun
+        self.end, took = self.started + self.budget_s - 1.2 * ceilings_s - _CLOSING_S, {}
         for number, (op, case, dtype) in enumerate(self.points):
             begun, where = time.monotonic(), (op.name, case.name, dtype)
             left = self.end - begun
