@@ -45,7 +45,6 @@ class Telemetry:
                 self.reason = "NVML does not know this device"
                 return
             self.nvml = nvml
-        self.no_energy = self._ask("nvmlDeviceGetTotalEnergyConsumption") is None
 
     def energy_j(self):
         """Joules since the driver was loaded; None where the counter is missing."""

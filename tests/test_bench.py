@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from unittest.mock import patch
 
 import jsonschema
 import numpy as np
@@ -15,8 +16,10 @@ from gaugeblock.benchmarks.bench import bench
 from gaugeblock.benchmarks.gate import sibling
 from gaugeblock.benchmarks.plan import planned
 from gaugeblock.benchmarks.providers import Provider
+from gaugeblock.benchmarks.providers import load as load_providers
 from gaugeblock.benchmarks.pytest_timer import AdvancingTimer
 from gaugeblock.benchmarks.record import CHECKOUT, load_record, slug
+from gaugeblock.benchmarks.telemetry import Telemetry, summed_up
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.helpers import gaugeblock, python
@@ -442,3 +445,80 @@ def test_the_commands_for_ceilings_and_reports(timed, tmp_path):
     assert "layer_norm fwd" in (tmp_path / "r" / "s.md").read_text()
     ran = gaugeblock("report", "nothing", cwd=tmp_path)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+
+
+class _Nvml:
+    """What Telemetry asks of NVML, from a card that is hot and held back by its power limit."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self):
+        self.millijoules = 5_000
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return self.millijoules
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 650_000
+
+    def nvmlDeviceGetClockInfo(self, handle, which):
+        return {1: 1755, 2: 3201}[which]
+
+    def nvmlDeviceGetTemperature(self, handle, sensor):
+        raise self.NVMLError("not supported")
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
+        return 0x4 | 0x1 | 0x40
+
+
+def test_telemetry_says_what_slows_the_chip():
+    found = Telemetry("cpu")
+    assert found.sample() == {} and found.energy_j() is None
+    found.nvml, found.handle = _Nvml(), "card"
+    assert found.energy_j() == 5.0
+    sample = found.sample()
+    # what the card does not tell is left out, and being idle is no reason
+    assert sample == {
+        "sm_mhz": 1755, "memory_mhz": 3201, "power_w": 650.0,
+        "slowed_by": ["sw_power_cap", "hw_thermal_slowdown"],
+    }  # fmt: skip
+    cooler = {"sm_mhz": 1980, "temperature_c": 61, "slowed_by": []}
+    assert summed_up([sample, cooler]) == {
+        "sm_mhz": [1755, 1980], "memory_mhz": [3201, 3201], "power_w": [650.0, 650.0],
+        "temperature_c": 61, "slowed_by": ["hw_thermal_slowdown", "sw_power_cap"],
+    }  # fmt: skip
+    assert summed_up([{}]) == {}
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_the_bench_on_a_gpu(tmp_path):
+    """Graphs, both directions, telemetry; work on another stream is refused."""
+
+    def aside(x, w, b, eps=1e-5):
+        stream, y = torch.cuda.Stream(), torch.empty_like(x)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            y.copy_(plain(x, w, b, eps))
+        return y
+
+    def waits(x, w, b, eps=1e-5):
+        return plain(x, w, b, eps) * float(w.sum().isfinite().item())
+
+    ours, _ = load_providers("cuda", ["gaugeblock", "torch_eager"])
+    theirs = [Provider(f.__name__, "1", {"layer_norm": f}) for f in (aside, waits)]
+    with patch.object(bench_module, "load_providers", lambda *_: ([*ours, *theirs], {})):
+        record = bench(["layer_norm"], out=tmp_path, budget_s=60)
+    jsonschema.validate(load_record(tmp_path), SCHEMA)
+    graphs = {(e["provider"], e["direction"]): e["graph"] for e in record["entries"]}
+    assert graphs["gaugeblock", "fwd"] and graphs["gaugeblock", "bwd"]
+    assert graphs["torch_eager", "fwd"] and graphs["torch_eager", "bwd"]
+    assert graphs.get(("waits", "fwd")) is False
+    assert not [p for p, _ in graphs if p == "aside"]
+    assert record["machine"]["clock_overhead_ms"] > 0 and record["complete"]
