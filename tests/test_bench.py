@@ -233,6 +233,10 @@ def test_the_floor_is_nominal_and_the_roof_measured():
     assert roofline.roof(CEILINGS, "float16", 1024, 1e3) == (None, None)
     other = {**CEILINGS, "exp_t_s": 0.00103}
     assert roofline.drift(CEILINGS, other) == pytest.approx(0.03)
+    # of the copies, the large ones
+    small, large = ({**CEILINGS, "copy_gb_s": {str(1 << n): 2.0}} for n in (20, 27))
+    assert roofline.drift({**CEILINGS, "copy_gb_s": {str(1 << 20): 1.0}}, small) == 0
+    assert roofline.drift({**CEILINGS, "copy_gb_s": {str(1 << 27): 1.0}}, large) == 1
 
 
 def test_a_drift_of_the_ceilings_marks_every_entry(timed, monkeypatch):
