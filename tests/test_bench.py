@@ -38,9 +38,22 @@ def plain(x, w, b, eps=1e-5):
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-    """timed(fn, …) -> the record of plain torch and of fn on layer_norm, forward."""
+    """timed(fn, …) -> the record of plain torch and of fn on layer_norm, forward.
 
-    def run(fn, **settings):
+    checked: an event that is set when fn has been checked and its timing begins.
+    """
+
+    def run(fn, checked=None, **settings):
+        if checked:
+            # it behaves until it has been checked
+            before = bench_module.honesty.before
+
+            def then_set(contender, sets):
+                before(contender, sets)
+                if contender.name == "mine":
+                    checked.set()
+
+            monkeypatch.setattr(bench_module.honesty, "before", then_set)
         providers = [Provider("plain", "1", {"layer_norm": plain})]
         providers.append(Provider("mine", "1", {"layer_norm": fn}))
         monkeypatch.setattr(bench_module, "load_providers", lambda *_: (providers, {}))
@@ -123,20 +136,7 @@ def test_work_left_to_somebody_else_is_refused(timed):
         threading.Thread(target=work).start()
         return y
 
-    # it behaves while it is checked
-    original = bench_module.honesty.before
-
-    def before(contender, sets):
-        original(contender, sets)
-        if contender.name == "mine":
-            checked.set()
-
-    bench_module.honesty.before = before
-    try:
-        reason = refusal(timed(later))
-    finally:
-        bench_module.honesty.before = original
-    assert "in what was timed" in reason
+    assert "in what was timed" in refusal(timed(later, checked=checked))
 
 
 @pytest.mark.parametrize("name", ["perf_counter_ns", "monotonic_ns", "process_time_ns"])
@@ -208,6 +208,15 @@ def test_damage_to_the_inputs_is_refused(timed):
         return y
 
     assert "inputs changed x" in refusal(timed(spoils))
+    checked = threading.Event()
+
+    def spoils_later(x, w, b, eps=1e-5):
+        y = plain(x, w, b, eps)
+        if checked.is_set():
+            b.detach()[0] += 1
+        return y
+
+    assert refusal(timed(spoils_later, checked=checked)).startswith("wrote to its inputs: b")
 
 
 def test_a_time_under_the_floor_is_refused(timed, monkeypatch):
