@@ -12,7 +12,7 @@ import torch
 
 from . import ceilings, honesty, roofline, timing
 from .calls import Contender, InputSets
-from .gate import Gate, Refused, free_memory
+from .gate import DIRECTIONS, Gate, Refused, free_memory
 from .plan import planned
 from .providers import OURS
 from .providers import load as load_providers
@@ -20,7 +20,6 @@ from .record import Writer, new_record
 from .telemetry import Telemetry, summed_up
 
 DTYPES = ("float32", "float16", "bfloat16")
-DIRECTIONS = ("fwd", "bwd")
 # the share of the budget that the ceilings may take, before and after
 _CEILINGS = 0.1
 # a case gets this share of what is left at least: rather few cases than none well
@@ -88,7 +87,10 @@ class _Run:
     def into(self, folder):
         self.writer = Writer(folder, self.record)
         self.clock, self.telemetry = timing.clock(self.device), Telemetry(self.device)
-        self.record["machine"]["clock_overhead_ms"] = self.clock.overhead_ms
+        self.record["machine"] |= {
+            "clock_overhead_ms": self.clock.overhead_ms,
+            "telemetry": self.telemetry.reason or "NVML",
+        }
         begun = time.monotonic()
         before = ceilings.measure(self.device, _CEILINGS * self.budget_s, self.seed)
         self.record["ceilings"] = {"before": before, "after": None, "drift": None}
@@ -108,7 +110,7 @@ class _Run:
             try:
                 self._point(op, case, dtype, share)
             except Exception as error:
-                # somebody broke more than a call of theirs
+                # before anything was timed
                 self._leave_out(where, self._of(op), None, _first_line(error))
             took[op.name] = time.monotonic() - begun
             self.writer.save()
@@ -155,7 +157,11 @@ class _Run:
             left = share_s - (time.monotonic() - start)
             if found:
                 share = left / (len(directions) - number)
-                self._timed(op, case, dtype, d, gate, found, share)
+                try:
+                    self._timed(op, case, dtype, d, gate, found, share)
+                except Exception as error:
+                    # one of them broke more than its own call; the other direction has its entries
+                    self._leave_out(where, [d], None, _first_line(error))
             free_memory(self.device)
 
     def _gated(self, op, case, dtype, able, where):

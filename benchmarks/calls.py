@@ -25,19 +25,19 @@ class InputSets:
         self.op, self.device = op, device
         self.differentiable = op.differentiable(content.inputs)
         self.names = list(content.inputs)
-        first = [
+        self.kept = [
             None if x is None else as_torch(torch, x).to(device) for x in content.inputs.values()
         ]
-        self.kept = first
-        storage = next(t.dtype for t in first if t is not None and t.is_floating_point())
+        storage = getattr(torch, expectation.storage.name)
         self.dys = [as_torch(torch, np.array(dy)).to(device, storage) for dy in content.dys or ()]
-        self.sets = [self._copy(0.5**i) for i in range(SETS)]
+        self.sets = [self.fresh(0.5**i) for i in range(SETS)]
         lists = {k: v for k, v in expectation.options.items() if isinstance(v, (tuple, list))}
         self.options = expectation.options | {
             k: torch.tensor(v, dtype=torch.int32, device=device) for k, v in lists.items()
         }
 
-    def _copy(self, factor):
+    def fresh(self, factor=1.0):
+        """The first content, floating values times a factor, at addresses of its own."""
         copies = []
         for name, x in zip(self.names, self.kept):
             if x is None:
@@ -64,10 +64,6 @@ class InputSets:
             and name not in updated
             and not torch.equal(_bits(mine), _bits(kept))
         ]
-
-    def fresh(self, factor=1.0):
-        """A copy of the first set at addresses of its own."""
-        return self._copy(factor)
 
 
 class Contender:

@@ -8,6 +8,7 @@ exp       exponentials a second of values that lie in registers (a CPU's in its 
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -33,7 +34,7 @@ def _exp_kernel(y_ptr, ROUNDS: tl.constexpr, LANES: tl.constexpr):
     offs = tl.program_id(0) * LANES + tl.arange(0, LANES)
     x = -1.0 / (1.0 + offs.to(tl.float32))
     for _ in range(ROUNDS):
-        # between −1 and 1, and different in every round
+        # it comes to stay at −1: a normal number, whose exp costs what any costs
         x = tl.exp2(x) - 1.5
     tl.store(y_ptr + offs, x)
 
@@ -41,7 +42,7 @@ def _exp_kernel(y_ptr, ROUNDS: tl.constexpr, LANES: tl.constexpr):
 def measure(device, budget_s=20.0, seed=0):
     """{"copy_gb_s": {bytes: rate}, "matrix_tflop_s": {dtype: rate}, "exp_t_s": rate}."""
     timer, rng = clock(device), np.random.default_rng(seed)
-    free = _free_bytes(device)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else math.inf
     sizes = [n for n in _COPIES[device] if 2 * n < free]
     share = budget_s / 3
     found = {"copy_gb_s": {}, "matrix_tflop_s": {}}
@@ -82,9 +83,3 @@ def _exponentials(device):
 def _in_cache(x, y):
     for _ in range(100):
         torch.exp(x, out=y)
-
-
-def _free_bytes(device):
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    return 1 << 30

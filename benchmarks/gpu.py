@@ -11,7 +11,6 @@ All of it in one folder, written as it goes: a run that is cut short leaves what
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import subprocess
@@ -23,12 +22,10 @@ from pathlib import Path
 import torch
 import triton
 from gaugeblock.reference.catalog import CATALOG
-from gaugeblock.reference.oracle import check
 from gaugeblock.reference.oracle.result import describe
 
-from gaugeblock import kernels
-
 from .markdown import markdown_summary
+from .parity import kernel_results
 from .record import load_record
 
 _ALL_S, _PARITY_S, _LATE_S = 500, 100, 25
@@ -50,12 +47,20 @@ def main():
     )
     (out / "machine.txt").write_text(machine + "\n")
     _say(machine)
-    wrong = parity(out / "parity.json", "cuda", _PARITY_S)
-    torch.cuda.empty_cache()
+    try:
+        wrong = smoke(out / "parity.json", "cuda", _PARITY_S)
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        # a kernel has broken the device for this process; the next one has a device of its own
+        _say(f"parity: ended by {error}")
+        wrong = 1
     code = measure(out, _ALL_S - (time.monotonic() - start))
-    summary = markdown_summary(load_record(out))
-    (out / "summary.md").write_text(summary)
-    _say(summary)
+    try:
+        summary = markdown_summary(load_record(out))
+        (out / "summary.md").write_text(summary)
+        _say(summary)
+    except ValueError as error:
+        _say(str(error))
     _say(f"everything is in {out}")
     sys.exit(1 if wrong or code else 0)
 
@@ -74,36 +79,28 @@ def measure(out, seconds):
         return 1
 
 
-def parity(path, device, seconds, rounds=4):
+def smoke(path, device, seconds, rounds=4):
     """The number of wrong tensors; a kernel's first cases, one op after the other, as time allows.
 
-    The file holds what was compared, what was wrong and what was left out.
+    The file holds what was compared, what was wrong and what was left out; it grows with each case.
     """
     end = time.monotonic() + seconds
     rows = [op for op in CATALOG.values() if op.kernel is None]
-    compared, failures, left_out, record = 0, [], [], {"compared": 0, "failures": []}
+    record, failures = {"compared": 0, "failures": [], "left_out": []}, []
     for op, number in ((op, number) for number in range(rounds) for op in rows):
         case = op.select("quick", op.supported)[number]
         if time.monotonic() > end:
-            left_out.append(f"{op.name} {case.name}")
-            continue
-        kernel = functools.partial(getattr(kernels, op.name), impl="triton")
-        results = check(
-            op, kernel, dtypes=_PARITY_DTYPES, device=device, expression=case.name,
-            layouts=("contiguous",), memory=False,
-        ).results  # fmt: skip
-        compared += len(results)
-        failures += [r for r in results if not r.passed]
-        record = {
-            "compared": compared,
-            "failures": [asdict(r) for r in failures],
-            "left_out": left_out,
-        }
+            record["left_out"].append(f"{op.name} {case.name}")
+        else:
+            results = kernel_results(op, _PARITY_DTYPES, device, case.name)
+            failures += [r for r in results if not r.passed]
+            record["compared"] += len(results)
+            record["failures"] = [asdict(r) for r in failures]
         path.write_text(json.dumps(record, indent=1) + "\n")
     for r in failures:
         _say(f"wrong {describe(r)}")
-    _say(f"{compared} tensors compared, {len(failures)} wrong, {len(left_out)} cases left out")
-    path.write_text(json.dumps(record | {"left_out": left_out}, indent=1) + "\n")
+    left = len(record["left_out"])
+    _say(f"{record['compared']} tensors compared, {len(failures)} wrong, {left} cases left out")
     return len(failures)
 
 

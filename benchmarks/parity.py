@@ -21,15 +21,17 @@ from gaugeblock import kernels
 
 def parity(device):
     """The results of all kernels, dtypes and quick cases."""
-    results = []
-    for name, op in CATALOG.items():
-        if op.kernel is None:
-            kernel = functools.partial(getattr(kernels, name), impl="triton")
-            results += check(
-                op, kernel, dtypes=tuple(DTYPES), device=device, expression=op.supported,
-                layouts=("contiguous",), memory=False,
-            ).results  # fmt: skip
-    return results
+    ours = [op for op in CATALOG.values() if op.kernel is None]
+    return [r for op in ours for r in kernel_results(op, tuple(DTYPES), device, op.supported)]
+
+
+def kernel_results(op, dtypes, device, expression):
+    """The results of the op's Triton kernel on the quick cases of an expression."""
+    kernel = functools.partial(getattr(kernels, op.name), impl="triton")
+    return check(
+        op, kernel, dtypes=dtypes, device=device, expression=expression,
+        layouts=("contiguous",), memory=False,
+    ).results  # fmt: skip
 
 
 def main(path):

@@ -66,8 +66,14 @@ class Writer:
         self.record["seconds"] = round(time.monotonic() - self.started, 3)
         self.record["complete"] = complete
         beside = self.path.with_suffix(".part")
-        beside.write_text(json.dumps(self.record, indent=1, allow_nan=False) + "\n")
+        beside.write_text(text_of(self.record))
         os.replace(beside, self.path)
+
+
+def text_of(record):
+    """A record as JSON, each list of numbers on one line."""
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    return re.sub(r"\[[\s\d.,eE+-]+\]", lambda m: " ".join(m[0].split()), text)
 
 
 def load_record(path):

@@ -47,7 +47,7 @@ def clocks_untouched():
     )
 
 
-def busy_ns():
+def _busy_ns():
     """Time that this process's threads were on a processor or in line for one, all together."""
     found = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
@@ -86,6 +86,13 @@ class HostClock:
         for _ in range(n):
             call()
         return (_other_now_ns() - start) / 1e6 / n
+
+    def busy_share(self, call, n):
+        """For how much of a row of n calls this process works, or waits for a processor."""
+        wall, busy = _other_now_ns(), _busy_ns()
+        for _ in range(n):
+            call()
+        return (_busy_ns() - busy) / (_other_now_ns() - wall)
 
     def synchronize(self):
         pass

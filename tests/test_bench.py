@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gaugeblock.benchmarks import bench as bench_module
-from gaugeblock.benchmarks import roofline, timing
+from gaugeblock.benchmarks import honesty, roofline, timing
 from gaugeblock.benchmarks.bench import bench
-from gaugeblock.benchmarks.gate import sibling
+from gaugeblock.benchmarks.gate import Refused, sibling
 from gaugeblock.benchmarks.plan import planned
 from gaugeblock.benchmarks.providers import Provider
 from gaugeblock.benchmarks.providers import load as load_providers
@@ -199,6 +199,35 @@ def test_a_sleeping_peer_is_refused(timed):
         return plain(x, w, b, eps)
 
     assert "of its time: it waits" in refusal(timed(sleeps))
+
+
+def test_work_that_the_clock_does_not_see_is_refused():
+    """What a stream that nobody waits for is on a GPU: only the stopwatch sees it."""
+
+    class Contender:
+        def run(self, number):
+            time.sleep(0.004)
+
+    samples = timing.Samples()
+    samples.ms = [1.0] * 10
+    with pytest.raises(Refused, match="by a stopwatch, the clock says 1 ms at most"):
+        honesty._stopwatch(Contender(), timing.HostClock(), samples)
+    samples.ms = [4.0] * 10
+    honesty._stopwatch(Contender(), timing.HostClock(), samples)
+
+
+def test_one_that_breaks_the_round_leaves_the_other_direction(timed):
+    def breaks_later(x, w, b, eps=1e-5):
+        if checked.is_set():
+            raise RuntimeError("lost")
+        return plain(x, w, b, eps)
+
+    checked = threading.Event()
+    record = timed(breaks_later, checked=checked, direction="both")
+    left = {(x["provider"], x["direction"]): x["reason"] for x in record["left_out"]}
+    assert left[None, "fwd"] == "RuntimeError: lost"
+    assert {(e["provider"], e["direction"]) for e in record["entries"]} == {("plain", "bwd")}
+    assert "RuntimeError: lost" in left["mine", "bwd"]
 
 
 def test_damage_to_the_inputs_is_refused(timed):

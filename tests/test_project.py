@@ -142,14 +142,14 @@ def test_a_missing_dependency_is_named():
 def test_the_smoke_parity_of_make_gpu_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
     """On a CPU, with interpreted kernels."""
     path = tmp_path / "parity.json"
-    assert gpu.parity(path, "cpu", seconds=60, rounds=1) == 0
+    assert gpu.smoke(path, "cpu", seconds=60, rounds=1) == 0
     found = json.loads(path.read_text())
     kernels_of_ours = [name for name, op in CATALOG.items() if op.kernel is None]
     assert found["compared"] > 4 * len(kernels_of_ours)
     assert found["failures"] == found["left_out"] == []
     monkeypatch.setattr(kernels, "layer_norm", lambda x, w, b, impl, **options: 1.01 * x)
-    assert gpu.parity(path, "cpu", seconds=60, rounds=1) > 0
+    assert gpu.smoke(path, "cpu", seconds=60, rounds=1) > 0
     assert {r["op"] for r in json.loads(path.read_text())["failures"]} == {"layer_norm"}
     assert "wrong layer_norm" in capsys.readouterr().out
-    assert gpu.parity(path, "cpu", seconds=0, rounds=1) == 0
+    assert gpu.smoke(path, "cpu", seconds=0, rounds=1) == 0
     assert len(json.loads(path.read_text())["left_out"]) == len(kernels_of_ours)
