@@ -193,12 +193,15 @@ class _Run:
             watch=lambda number: number % _WATCHED or seen.append(self.telemetry.sample()),
         )
         # counting energy takes long: ours, and the one to beat
-        best = min((n for n in samples if n != OURS), key=lambda n: samples[n].median, default=None)
+        peers = [n for n in samples if n != OURS and not samples[n].error]
+        best = min(peers, key=lambda n: samples[n].median, default=None)
         for provider, contender in contenders.items():
             results, times = found[provider], samples[provider.name]
             read, written = op.traffic(case, getattr(torch, dtype).itemsize, direction)
             flops = op.flop_count(case, direction)
             try:
+                if times.error:
+                    raise times.error
                 # some backwards compute again what others keep
                 least = min(flops, 2 * op.flop_count(case))
                 honesty.floor(times, roofline.floor_ms(self.record["device"], dtype, read, least))

@@ -67,7 +67,10 @@ def save(found, path):
 
 def _median(timer, call, *arguments, budget_s, rng):
     calls = {"": lambda number: call(*arguments)}
-    return interleave(timer, calls, budget_s, rng)[""].median
+    samples = interleave(timer, calls, budget_s, rng)[""]
+    if samples.error:
+        raise samples.error
+    return samples.median
 
 
 def _exponentials(device):

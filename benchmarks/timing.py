@@ -152,10 +152,19 @@ def clock(device):
 
 
 class Samples:
-    """The times of one contender in milliseconds, in order."""
+    """The times of one contender in milliseconds, in order; `error` is what it raised."""
 
     def __init__(self):
-        self.ms = []
+        self.ms, self.error = [], None
+
+    def attempt(self, call):
+        """What the call returns; None once one has raised."""
+        if self.error is None:
+            try:
+                return call()
+            except Exception as error:
+                self.error = error
+        return None
 
     def __len__(self):
         return len(self.ms)
@@ -190,24 +199,26 @@ def interleave(clock, calls, budget_s, rng, watch=lambda number: None):
     """{name: Samples} of {name: call(round)}, timed turn about in random order.
 
     Ends when every median is settled or the budget is spent; three rounds are timed in any case.
-    watch: called with the round's number after each.
+    One that raises is timed no more; its `error` says why. watch: called with the round's number
+    after each.
     """
-    samples = {name: Samples() for name in calls}
-    names, start, number = list(calls), _now_ns(), 0
-    for name in names:
+    samples, start, number = {name: Samples() for name in calls}, _now_ns(), 0
+    for name in calls:
         for i in range(WARM_UPS):
-            calls[name](i)
+            samples[name].attempt(partial(calls[name], i))
     clock.synchronize()
-    while True:
+    while names := [name for name in calls if not samples[name].error]:
         tokens = {}
         for name in (names[i] for i in rng.permutation(len(names))):
             clock.flush()
-            tokens[name] = clock.time(partial(calls[name], number))
-        for name, ms in zip(tokens, clock.milliseconds(tokens.values())):
+            tokens[name] = samples[name].attempt(partial(clock.time, partial(calls[name], number)))
+        timed = {name: token for name, token in tokens.items() if not samples[name].error}
+        for name, ms in zip(timed, clock.milliseconds(timed.values())):
             samples[name].ms.append(ms)
         watch(number)
         number += 1
-        if all(s.settled for s in samples.values()):
-            return samples
+        if all(samples[name].settled for name in timed):
+            break
         if number >= 3 and (_now_ns() - start) / 1e9 > budget_s:
-            return samples
+            break
+    return samples
