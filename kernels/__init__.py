@@ -4,18 +4,19 @@ Every op takes `impl="auto" | "triton" | "eager"`. "auto" is triton on CUDA; on 
 when the interpreter is on (TRITON_INTERPRET=1 before triton is imported) and eager otherwise; for
 float64 it is eager. `resolve(op, impl, tensor)` says which.
 
-An op is a module `_NAME.py` here. Nothing heavy is imported before one is asked for.
+An op is a module `_NAME.py` or a folder `_NAME` here. Nothing heavy is imported before one is asked
+for.
 """
 
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = ("_checks", "_launch")
+_SHARED = ("_checks", "_configurations", "_launch", "_philox")
 OPS = tuple(
     sorted(
         path.stem[1:]
-        for path in Path(__file__).parent.glob("_[a-z]*.py")
-        if path.stem not in _SHARED
+        for path in Path(__file__).parent.glob("_[a-z]*")
+        if path.stem not in _SHARED and (path.suffix == ".py" or (path / "__init__.py").exists())
     )
 )
 

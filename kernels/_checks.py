@@ -1,6 +1,9 @@
 """One-line errors for tensors: name, rule, received value, remedy."""
 
+import operator
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def expect_shape(op, name, tensor, rule, shape):
@@ -44,3 +47,27 @@ def expect_alike(op, **tensors):
                 f"{op}: {name} must be on {first}'s device {like.device}, got {tensor.device}; "
                 "move it"
             )
+
+
+def expect_integers(op, name, tensor):
+    """Raise TypeError unless `tensor` holds integers of 32 or 64 bits."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: {name} must be integers (int32, int64), got {tensor.dtype}")
+
+
+def expect_dropout(op, name, p, seed):
+    """Raise unless `p` (which the op calls `name`) lies in 0 … 1 and the seed has 64 bits."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: {name} must lie in 0 … 1, got {p}")
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}") from None
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must lie in −2⁶³ … 2⁶⁴ − 1, got {seed}")
+
+
+def readable(tensor):
+    """Whether the values of a tensor can be checked: on the CPU, and not while it is traced."""
+    real = tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+    return real and not torch.compiler.is_compiling()

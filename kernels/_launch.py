@@ -63,14 +63,21 @@ def tile(length, largest, smallest=16):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a b, float32 products in IEEE arithmetic, never TF32."""
+def _widened(x):
+    """bfloat16 as float32 by its bits: the interpreter's own conversion spoils subnormals."""
+    bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):
+    """acc + a b, float32 products in IEEE arithmetic, TF32 only where it is asked for."""
     if _INTERPRETED:
         # the interpreter multiplies bfloat16's bit patterns
         if a.dtype == tl.bfloat16:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+            a = _widened(a)
+            b = _widened(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -130,9 +130,11 @@ class Expectation:
         dys = []
         for name, y in zip(self.op.outputs, outputs):
             dy = rng.standard_normal(np.shape(y))
-            if f"d{name}" in self.case.values:
+            if broadcast and dy.size:
+                # not of the case's own values: what is in hidden rows would be in all of them
+                dy = np.broadcast_to(dy.flat[0], dy.shape)
+            elif f"d{name}" in self.case.values:
                 dy = self.case.values[f"d{name}"](dy, self.op.dims(self.case), rng)
-            dy = np.broadcast_to(dy.flat[0] if dy.size else dy, dy.shape) if broadcast else dy
             dys.append(dy.astype(self.storage).astype(np.float64))
         return tuple(dys)
 

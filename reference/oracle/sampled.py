@@ -198,10 +198,10 @@ class Sampled(Expectation):
             dys = {}
             for name in op.outputs:
                 dy = normal(name, op.shape(op.spec(self.case, name), dims), 1.0)
-                if f"d{name}" in self.case.values:
-                    dy = self.case.values[f"d{name}"](dy, dims, rng)
                 if layout == "broadcast_grad" and dy.size:
                     dy = np.broadcast_to(dy.flat[0], dy.shape)
+                elif f"d{name}" in self.case.values:
+                    dy = self.case.values[f"d{name}"](dy, dims, rng)
                 dys[name] = saturated(dy, self.storage)
         parts = op.sampled(inputs, self.options, dys, np.random.default_rng([*key, 2]))
         return SampledContent(self, inputs, dys, parts)
