@@ -11,6 +11,7 @@ from ._checks import expect_choice
 # Triton decides at import: a process is either interpreted or compiled, never both.
 INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+_IEEE: tl.constexpr = tl.constexpr("ieee")
 
 # Launches by kernel name, so that a test can tell that a Triton kernel ran.
 LAUNCHES = Counter()
@@ -70,7 +71,7 @@ def _widened(x):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):
+def dot(a, b, acc, PRECISION: tl.constexpr = _IEEE):
     """acc + a b, float32 products in IEEE arithmetic, TF32 only where it is asked for."""
     if _INTERPRETED:
         # the interpreter multiplies bfloat16's bit patterns

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .._launch import cast, dot
 from .._philox import kept
-from .forward import LOG2E, load_open, load_rows
+from .forward import LOG2E, load_rows, load_tile
 from .masks import key_span, locate, masked_start, query_span, sees, tiles, visible
 
 
@@ -51,13 +51,15 @@ def _attention_bwd_dkdv_tile(
         seen = visible(i, j, n, window, global_tokens, CAUSAL)
         x = tl.where(seen, x, float("-inf"))
     p = tl.exp2(x)
-    dp = dot(v, tl.trans(do), s, PRECISION)
-    dropped = p
-    if least is not None:
+    if least is None:
+        # the sum starts from −delta, which then needs no registers of its own
+        ds = p * dot(v, tl.trans(do), s - delta[None, :], PRECISION)
+        dropped = p
+    else:
         keep = kept(index + j, seed, least)
+        dp = tl.where(keep, dot(v, tl.trans(do), s, PRECISION) * keep_scale, 0.0)
+        ds = p * (dp - delta[None, :])
         dropped = tl.where(keep, p * keep_scale, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[None, :])
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
     dv = dot(cast(dropped, do.dtype), do, dv, PRECISION)
@@ -73,9 +75,9 @@ def _attention_bwd_dkdv_kernel(
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, group, Tq, Tk, D, pairs, section, documents,
     scale, scale_log2e, window, global_tokens, least, seed, keep_scale,
-    CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
-    ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TMA_MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of keys of one key head: all query heads of its group, one by one."""
     Hkv = H // group
@@ -108,18 +110,21 @@ def _attention_bwd_dkdv_kernel(
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    for h in range(h_k * group, h_k * group + group):
+    for member in range(0, group):
+        h = h_k * group + member
         line = (b * H + h) * Tq + begin
         q_h = q_ptr + b * stride_qb + h * stride_qh + begin * stride_qt
         do_h = do_ptr + b * stride_dob + h * stride_doh + begin * stride_dot
         for start in range(open_first, open_last, BLOCK_M):
             offs_m = start + tl.arange(0, BLOCK_M)
-            q = load_open(
-                q_h, q_desc, stride_qt, b, h, begin, start, offs_d, D, TMA, WHOLE_D, BLOCK_M
-            )
-            do = load_open(
-                do_h, do_desc, stride_dot, b, h, begin, start, offs_d, D, TMA, WHOLE_D, BLOCK_M
-            )
+            q = load_tile(
+                q_h, q_desc, stride_qt, b, h, begin, start, offs_m < rows, offs_d, D,
+                TMA, True, WHOLE_D, BLOCK_M,
+            )  # fmt: skip
+            do = load_tile(
+                do_h, do_desc, stride_dot, b, h, begin, start, offs_m < rows, offs_d, D,
+                TMA, True, WHOLE_D, BLOCK_M,
+            )  # fmt: skip
             lse = tl.load(lse_ptr + line + offs_m)
             delta = tl.load(delta_ptr + line + offs_m)
             dk, dv = _attention_bwd_dkdv_tile(
@@ -131,8 +136,14 @@ def _attention_bwd_dkdv_kernel(
             start = masked_start(number, open_last, head, left, first, BLOCK_M)
             offs_m = start + tl.arange(0, BLOCK_M)
             mask_m = sees(offs_m, rows, n, shift, window, global_tokens, CAUSAL)
-            q = load_rows(q_h, stride_qt, offs_m, mask_m, offs_d, D, False, WHOLE_D)
-            do = load_rows(do_h, stride_dot, offs_m, mask_m, offs_d, D, False, WHOLE_D)
+            q = load_tile(
+                q_h, q_desc, stride_qt, b, h, begin, start, mask_m, offs_d, D,
+                TMA_MASKED, False, WHOLE_D, BLOCK_M,
+            )  # fmt: skip
+            do = load_tile(
+                do_h, do_desc, stride_dot, b, h, begin, start, mask_m, offs_d, D,
+                TMA_MASKED, False, WHOLE_D, BLOCK_M,
+            )  # fmt: skip
             lse = tl.load(lse_ptr + line + offs_m, mask=mask_m, other=0.0)
             delta = tl.load(delta_ptr + line + offs_m, mask=mask_m, other=0.0)
             dk, dv = _attention_bwd_dkdv_tile(
@@ -160,10 +171,11 @@ def _attention_bwd_dq_tile(
         seen = visible(i, j, n, window, global_tokens, CAUSAL)
         x = tl.where(seen, x, float("-inf"))
     p = tl.exp2(x)
-    dp = dot(do, tl.trans(v), s, PRECISION)
-    if least is not None:
-        dp = tl.where(kept(index + j, seed, least), dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
+    if least is None:
+        ds = p * dot(do, tl.trans(v), s - delta[:, None], PRECISION)
+    else:
+        dp = dot(do, tl.trans(v), s, PRECISION) * keep_scale
+        ds = p * (tl.where(kept(index + j, seed, least), dp, 0.0) - delta[:, None])
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
     return dot(cast(ds, k.dtype), k, dq, PRECISION)
@@ -177,9 +189,9 @@ def _attention_bwd_dq_kernel(
     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, group, Tq, Tk, D, pairs, section, documents,
     scale, scale_log2e, window, global_tokens, least, seed, keep_scale,
-    CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
-    ACC: tl.constexpr,
+    CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, TMA_MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b, h, block, begin, n = locate(
         Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr, BLOCK_M, CAUSAL
@@ -212,23 +224,31 @@ def _attention_bwd_dq_kernel(
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start in range(open_first, open_last, BLOCK_N):
-        k = load_open(
-            k_ptr, k_desc, stride_kt, b, h_k, begin, start, offs_d, D, TMA, WHOLE_D, BLOCK_N
-        )
-        v = load_open(
-            v_ptr, v_desc, stride_vt, b, h_k, begin, start, offs_d, D, TMA, WHOLE_D, BLOCK_N
-        )
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
+        offs_n = start + tl.arange(0, BLOCK_N)
+        k = load_tile(
+            k_ptr, k_desc, stride_kt, b, h_k, begin, start, offs_n < n, offs_d, D,
+            TMA, True, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, v_desc, stride_vt, b, h_k, begin, start, offs_n < n, offs_d, D,
+            TMA, True, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
         dq = _attention_bwd_dq_tile(
-            dq, q, do, k, v, lse, delta, i, j, n, window, global_tokens, scale_log2e,
+            dq, q, do, k, v, lse, delta, i, offs_n[None, :], n, window, global_tokens, scale_log2e,
             index, seed, least, keep_scale, CAUSAL, False, PRECISION,
         )  # fmt: skip
     for number in range(0, masked):
         start = masked_start(number, open_last, head, left, first, BLOCK_N)
         offs_n = start + tl.arange(0, BLOCK_N)
         mask_n = (offs_n < high) & ((offs_n >= low) | (offs_n < global_high))
-        k = load_rows(k_ptr, stride_kt, offs_n, mask_n, offs_d, D, False, WHOLE_D)
-        v = load_rows(v_ptr, stride_vt, offs_n, mask_n, offs_d, D, False, WHOLE_D)
+        k = load_tile(
+            k_ptr, k_desc, stride_kt, b, h_k, begin, start, mask_n, offs_d, D,
+            TMA_MASKED, False, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, v_desc, stride_vt, b, h_k, begin, start, mask_n, offs_d, D,
+            TMA_MASKED, False, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
         dq = _attention_bwd_dq_tile(
             dq, q, do, k, v, lse, delta, i, offs_n[None, :], n, window, global_tokens, scale_log2e,
             index, seed, least, keep_scale, CAUSAL, True, PRECISION,

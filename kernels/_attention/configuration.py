@@ -13,8 +13,11 @@ _SECTION_BYTES = 20 << 20
 HEAD_DIMS = (64, 128, 256)
 
 
-def configuration(kernel, Tq, D, dtype, causal):
-    """-> BLOCK_M, BLOCK_N, num_warps, num_stages, TMA of "forward", "dkdv" or "dq"."""
+def configuration(kernel, Tq, D, dtype, causal, *, masks=False, dropout=0.0):
+    """-> BLOCK_M, BLOCK_N, num_warps, num_stages, TMA of "forward", "dkdv" or "dq".
+
+    masks: whether there are others than the causal one.
+    """
     row = find(
         "attention",
         kernel=kernel,
@@ -24,7 +27,15 @@ def configuration(kernel, Tq, D, dtype, causal):
         causal=causal,
         queries="few" if Tq <= FEW_QUERIES else "many",
     )
-    return {k: row[k] for k in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")}
+    options = {k: row[k] for k in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")}
+    # random words need registers; so do masks and a padded head in the kernel that has none left
+    if dropout or (kernel == "dkdv" and (masks or tile(D, LARGEST_HEAD_DIM) != D)):
+        if options["num_warps"] < 8:
+            options["num_warps"] = 8
+        else:
+            walked = "BLOCK_M" if kernel == "dkdv" else "BLOCK_N"
+            options[walked] = max(options[walked] // 2, 16)
+    return options
 
 
 def head_options(D, dtype):

@@ -29,18 +29,18 @@ def load_rows(
 
 
 @triton.jit
-def load_open(
-    ptr, desc, stride_t, b, h, begin, start, offs_d, D,
-    TMA: tl.constexpr, WHOLE_D: tl.constexpr, BLOCK: tl.constexpr,
+def load_tile(
+    ptr, desc, stride_t, b, h, begin, start, mask_t, offs_d, D,
+    TMA: tl.constexpr, WHOLE_T: tl.constexpr, WHOLE_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows start … start + BLOCK − 1, all of which are there: by a descriptor, or by pointers."""
+    """Rows start … start + BLOCK − 1: by a descriptor, which gives zeros past T, or by pointers."""
     if TMA:
         row = tl.cast(begin + start, tl.int32)
         tile = desc.load([tl.cast(b, tl.int32), tl.cast(h, tl.int32), row, 0])
         return tile.reshape(BLOCK, offs_d.shape[0])
     else:
         offs = start + tl.arange(0, BLOCK)
-        return load_rows(ptr, stride_t, offs, offs >= 0, offs_d, D, True, WHOLE_D)
+        return load_rows(ptr, stride_t, offs, mask_t, offs_d, D, WHOLE_T, WHOLE_D)
 
 
 @triton.jit
@@ -87,8 +87,9 @@ def _attention_fwd_kernel(
     H, group, Tq, Tk, D, pairs, section, documents,
     scale_log2e, window, global_tokens, least, seed, keep_scale,
     CAUSAL: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, PRESCALED: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, TMA_MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     b, h, block, begin, n = locate(
         Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr, BLOCK_M, CAUSAL
@@ -119,24 +120,32 @@ def _attention_fwd_kernel(
     l_i = tl.zeros((BLOCK_M,), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     for start in range(open_first, open_last, BLOCK_N):
-        k = load_open(
-            k_ptr, k_desc, stride_kt, b, h_k, begin, start, offs_d, D, TMA, WHOLE_D, BLOCK_N
-        )
-        v = load_open(
-            v_ptr, v_desc, stride_vt, b, h_k, begin, start, offs_d, D, TMA, WHOLE_D, BLOCK_N
-        )
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
+        offs_n = start + tl.arange(0, BLOCK_N)
+        k = load_tile(
+            k_ptr, k_desc, stride_kt, b, h_k, begin, start, offs_n < n, offs_d, D,
+            TMA, True, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, v_desc, stride_vt, b, h_k, begin, start, offs_n < n, offs_d, D,
+            TMA, True, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
         acc, m_i, l_i = _attention_fwd_tile(
-            acc, m_i, l_i, q, k, v, i, j, n, window, global_tokens, scale_log2e, index, seed, least,
-            CAUSAL, False, PRESCALED, PRECISION,
+            acc, m_i, l_i, q, k, v, i, offs_n[None, :], n, window, global_tokens, scale_log2e,
+            index, seed, least, CAUSAL, False, PRESCALED, PRECISION,
         )  # fmt: skip
     for number in range(0, masked):
         start = masked_start(number, open_last, head, left, first, BLOCK_N)
         offs_n = start + tl.arange(0, BLOCK_N)
         # keys that no query of the tile sees are not read: they may hold NaN
         mask_n = (offs_n < high) & ((offs_n >= low) | (offs_n < global_high))
-        k = load_rows(k_ptr, stride_kt, offs_n, mask_n, offs_d, D, False, WHOLE_D)
-        v = load_rows(v_ptr, stride_vt, offs_n, mask_n, offs_d, D, False, WHOLE_D)
+        k = load_tile(
+            k_ptr, k_desc, stride_kt, b, h_k, begin, start, mask_n, offs_d, D,
+            TMA_MASKED, False, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, v_desc, stride_vt, b, h_k, begin, start, mask_n, offs_d, D,
+            TMA_MASKED, False, WHOLE_D, BLOCK_N,
+        )  # fmt: skip
         acc, m_i, l_i = _attention_fwd_tile(
             acc, m_i, l_i, q, k, v, i, offs_n[None, :], n, window, global_tokens, scale_log2e,
             index, seed, least, CAUSAL, True, PRESCALED, PRECISION,

@@ -24,8 +24,11 @@ def forward(
     q, k, v = map(contiguous_rows, (q, k, v))
     o = torch.empty((B, H, Tq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=accumulator(q.dtype), device=q.device)
-    options = configuration("forward", Tq, D, q.dtype, causal) | head_options(D, q.dtype)
-    k_desc, v_desc, options["TMA"] = descriptors(options, options["BLOCK_N"], k, v)
+    dense = everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
+    options = configuration("forward", Tq, D, q.dtype, causal, dropout=dropout) | head_options(
+        D, q.dtype
+    )
+    k_desc, v_desc, tma = descriptors(options, options["BLOCK_N"], dense, k, v)
     launch(
         _attention_fwd_kernel, programs(Tq, options["BLOCK_M"], cu_seqlens) * B * H,
         q, k, v, o, lse, k_desc, v_desc, lengths, cu_seqlens,
@@ -33,7 +36,7 @@ def forward(
         H, H // Hkv, Tq, Tk, D, *order(B * H, H // Hkv, k, cu_seqlens),
         scale * LOG2E.value, window, global_tokens or None, *dropping(dropout, seed),
         CAUSAL=causal, BOTTOM_RIGHT=bottom_right, PRESCALED=scale <= 0, PRECISION=precision,
-        **options,
+        **options | tma,
     )  # fmt: skip
     return o, lse
 
@@ -49,11 +52,12 @@ def backward(
     do, q, k, v = map(contiguous_rows, (do, q, k, v))
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dense = everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
     masks = {"CAUSAL": causal, "BOTTOM_RIGHT": bottom_right}
     queries = order(B * H, group, k, cu_seqlens)
 
     head = head_options(D, q.dtype)
-    options = configuration("dq", Tq, D, q.dtype, causal) | head
+    options = configuration("dq", Tq, D, q.dtype, causal, dropout=dropout) | head
     launch(
         _attention_bwd_delta_kernel, programs(Tq, options["BLOCK_M"], cu_seqlens) * B * H,
         o, do, dlse, delta, lengths, cu_seqlens, *do.stride()[:3],
@@ -66,19 +70,22 @@ def backward(
     numbers = (
         scale, scale * LOG2E.value, window, global_tokens or None, *dropping(dropout, seed),
     )  # fmt: skip
-    k_desc, v_desc, options["TMA"] = descriptors(options, options["BLOCK_N"], k, v)
+    k_desc, v_desc, tma = descriptors(options, options["BLOCK_N"], dense, k, v)
     launch(
         _attention_bwd_dq_kernel, programs(Tq, options["BLOCK_M"], cu_seqlens) * B * H,
         *read, dq, k_desc, v_desc, lengths, cu_seqlens, *strides, *sizes, *queries, *numbers,
-        PRECISION=precision, **masks, **options,
+        PRECISION=precision, **masks, **options | tma,
     )  # fmt: skip
-    options = configuration("dkdv", Tq, D, q.dtype, causal) | head
-    do_desc, q_desc, options["TMA"] = descriptors(options, options["BLOCK_M"], do, q)
+    others = lengths is not None or cu_seqlens is not None or window is not None
+    options = configuration(
+        "dkdv", Tq, D, q.dtype, causal, masks=others, dropout=dropout
+    ) | head  # fmt: skip
+    do_desc, q_desc, tma = descriptors(options, options["BLOCK_M"], dense, do, q)
     launch(
         _attention_bwd_dkdv_kernel, programs(Tk, options["BLOCK_N"], cu_seqlens) * B * Hkv,
         *read, dk, dv, do_desc, q_desc, lengths, cu_seqlens, *strides, *sizes,
         *order(B * Hkv, 1, q, cu_seqlens), *numbers,
-        PRECISION=precision, **masks, **options,
+        PRECISION=precision, **masks, **options | tma,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -104,11 +111,22 @@ def order(pairs, sharing, x, cu_seqlens):
     return pairs, section(pairs, sharing, x), documents
 
 
-def descriptors(options, rows, *tensors):
-    """TMA descriptors of both tensors and whether they are that; the tensors where it is off."""
+def everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window):
+    """Whether every query surely sees a key and every key is seen, so that all may be read."""
+    if lengths is not None or cu_seqlens is not None:
+        return False
+    if window is not None:
+        return Tq == Tk
+    return not causal or (Tq <= Tk if bottom_right else Tq >= Tk)
+
+
+def descriptors(options, rows, dense, *tensors):
+    """TMA descriptors of both tensors, and which loops use them; the tensors where none does."""
     made = [descriptor(x, rows, options["BLOCK_D"]) for x in tensors] if options["TMA"] else tensors
     described = not any(isinstance(x, torch.Tensor) for x in made)
-    return (*made, True) if described else (*tensors, False)
+    # a descriptor leaves out no rows but those past the end
+    flags = {"TMA": described, "TMA_MASKED": described and dense}
+    return (*made, flags) if described else (*tensors, flags)
 
 
 def dropping(dropout, seed):

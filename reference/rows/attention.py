@@ -1,5 +1,7 @@
 """Rows of `attention` and `paged_attention`."""
 
+import itertools
+
 import numpy as np
 
 from .._attention import visible_keys
@@ -118,6 +120,31 @@ def _timed(name, H, D, lengths, tags):
     for t in lengths:
         yield _case(f"causal_{t}k_{name}", 32 // t, H, 1024 * t, 1024 * t, D, causal=True,
                     tags=tags)  # fmt: skip
+
+
+def _compiled():
+    """Cases that are compiled, not run: between them every row of the kernels' table, every mask.
+
+    Those of a row of the table alone are tagged "configuration".
+    """
+    for D, causal, Tq in itertools.product((64, 128, 256), (False, True), (8, 1024)):
+        name = f"{'causal' if causal else 'full'}_{'few' if Tq == 8 else 'many'}_d{D}"
+        yield _case(
+            f"compiled_{name}", 2, 4, Tq, 1024, D, causal=causal, tags=("aot", "configuration")
+        )
+    tags = ("aot", "configuration")
+    yield _case("compiled_padded_head", 2, 4, 1000, 1000, 80, causal=True, tags=tags)
+    yield _case(
+        "compiled_banded", 2, 4, 1024, 1024, 64, Hkv=2, causal=True, window=256, global_tokens=4,
+        tags=("aot",),
+    )  # fmt: skip
+    yield _case(
+        "compiled_lengths", 2, 4, 1024, 1024, 64, lengths=(1000, 500), window=300, tags=tags
+    )
+    yield _case(
+        "compiled_documents", 1, 4, 2048, 2048, 64, causal=True, cu_seqlens=(0, 900, 2048),
+        return_lse=True, dropout=0.1, seed=2**40, tags=("aot",),
+    )  # fmt: skip
 
 
 def _covering_attention():
@@ -252,6 +279,7 @@ ATTENTION = row(
         _case("dropout_other_seed", 1, 2, 19, 19, 8, dropout=0.5, seed=-7),
         _case("no_queries", 1, 2, 0, 9, 8, tags=("full", "degenerate")),
         *_covering_attention(),
+        *_compiled(),
         _case("gpt2_causal_1k", 32, 12, 1024, 1024, 64, causal=True, tags=("aot", *FAMILY)),
         _case("gpt2_causal_512", 64, 12, 512, 512, 64, causal=True, tags=FAMILY),
         _case("gpt2_causal_2k", 16, 12, 2048, 2048, 64, causal=True, tags=FAMILY),

@@ -1,0 +1,81 @@
+"""What `gaugeblock tune` tries on the rows of attention's table, and at which shapes."""
+
+LAUNCH = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
+# what one program may have; chips without rows use sm_80's, the smallest of them has 99 KiB
+_SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10}
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages by head dimension
+_MANY = {
+    "forward": {
+        64: ((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 2),
+             (128, 128, 8, 3), (64, 64, 4, 3)),
+        128: ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2),
+              (64, 64, 4, 3), (64, 128, 4, 2)),
+        256: ((128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2),
+              (64, 64, 8, 2), (64, 32, 4, 2)),
+    },
+    "dkdv": {
+        64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3),
+             (32, 128, 4, 2), (128, 128, 8, 2)),
+        128: ((64, 128, 8, 1), (64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
+              (64, 64, 8, 2), (32, 64, 4, 2)),
+        256: ((32, 64, 8, 1), (32, 64, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 2),
+              (64, 64, 8, 1), (64, 32, 8, 1)),
+    },
+    "dq": {
+        64: ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+             (128, 32, 4, 3), (128, 128, 8, 2)),
+        128: ((128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2),
+              (64, 64, 8, 2), (64, 32, 4, 2)),
+        256: ((64, 32, 8, 1), (64, 32, 8, 2), (32, 32, 4, 2), (64, 64, 8, 1), (128, 32, 8, 1),
+              (64, 16, 4, 2), (64, 32, 4, 1)),
+    },
+}  # fmt: skip
+# of the side that has no more than 16 rows: the other side, num_warps, num_stages
+_FEW = ((32, 4, 2), (64, 2, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2))
+_MANY_FLOAT32 = {
+    64: ((32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 1), (64, 32, 4, 1), (32, 64, 4, 1),
+         (64, 64, 8, 1), (16, 32, 4, 1)),
+    128: ((32, 16, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1), (32, 16, 4, 1),
+          (64, 16, 8, 1), (32, 16, 8, 2)),
+    256: ((16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 2), (32, 16, 8, 1), (16, 32, 8, 1)),
+}  # fmt: skip
+_FEW_FLOAT32 = ((16, 4, 1), (16, 8, 1), (32, 4, 1), (32, 4, 2), (32, 8, 1), (64, 4, 1), (64, 8, 1))
+
+
+def candidates(row):
+    """The launch configurations that are measured for a row of the table, its own first."""
+    D, single = row["head_dim"], row["bits"] == 32
+    if row["queries"] == "few":
+        tiles = [(16, *tile) for tile in (_FEW_FLOAT32 if single else _FEW)]
+    else:
+        tiles = (_MANY_FLOAT32 if single else _MANY[row["kernel"]])[D]
+    by_tma = (False, True) if row["architecture"] == "sm_90" else (False,)
+    own = {name: row[name] for name in LAUNCH}
+    others = [dict(zip(LAUNCH, (*tile, tma))) for tile in tiles for tma in by_tma]
+    return [own, *(x for x in others if x != own and _tiles_fit(row, x))]
+
+
+def _tiles_fit(row, candidate):
+    """Whether the held tiles, and the walked ones once a stage, fit in shared memory."""
+    held, walked = candidate["BLOCK_M"], candidate["BLOCK_N"]
+    if row["kernel"] == "dkdv":
+        held, walked = walked, held
+    tiles = (1 if row["kernel"] == "forward" else 2) * held + 2 * candidate["num_stages"] * walked
+    return tiles * row["head_dim"] * row["bits"] // 8 <= _SHARED_BYTES[row["architecture"]]
+
+
+def representative_shape(head_dim, queries):
+    """B, H, Hkv, Tq, Tk, D at which candidates are timed: 16,384 tokens, or queries of a decode."""
+    H = {64: 12, 128: 16, 256: 8}[head_dim]
+    B, Tq, Tk = (8, 2048, 2048) if queries == "many" else (32, 8, 4096)
+    return B, H, H, Tq, Tk, head_dim
+
+
+def odd_shape(head_dim, queries, candidate):
+    """B, H, Hkv, Tq, Tk, D at which it must be right: all tiles ragged, heads shared and padded.
+
+    Tq ≤ Tk, as where descriptors read masked tiles too; their rows come in steps of 16 bytes.
+    """
+    Tq = 13 if queries == "few" else 2 * candidate["BLOCK_M"] + 5
+    return 1, 2, 1, Tq, max(2 * candidate["BLOCK_N"], Tq) + 9, head_dim - 8
