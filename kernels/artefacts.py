@@ -3,8 +3,9 @@
     python -m gaugeblock.kernels.artefacts
 
 compiles the catalog's "aot" cases in three dtypes for four targets on both versions, each installed
-in a folder of its own beside this environment's torch, and writes docs/artefacts.json. The record
-holds the hash of the sources that it is of. Exit 1 when a row fails its gate.
+in a folder of its own beside this environment's torch, and writes docs/artefacts.json. Cases of one
+row of a table of configurations are compiled for the targets that have such rows. The record holds
+the hash of the sources that it is of. Exit 1 when a row fails its gate.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+from .inspect import GATED, aot_cases
 from .sass import MATRIX
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECORD = CHECKOUT / "docs" / "artefacts.json"
 VERSIONS = ("3.6.0", "3.9.0")
 DTYPES = ("bfloat16", "float16", "float32")
-TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
+OTHERS = ("sm_100", "gfx942")
+TARGETS = (*GATED, *OTHERS)
 COLUMNS = (
     "op", "case", "kernel", "tile", "dtype", "target", "triton", "registers", "spills",
     "shared_bytes", "programs", "share", "limiter", "products", "passed", "reason",
@@ -36,10 +39,10 @@ COLUMNS = (
 
 
 def sources(folder=CHECKOUT / "kernels"):
-    """SHA-256 over the modules of the ops and what they share: the private ones of kernels/."""
+    """SHA-256 over the modules of the ops, what they share, and their tables of configurations."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("_[a-z]*")):
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+    for path in [*sorted(folder.glob("_[a-z]*")), folder / "configurations"]:
+        for file in sorted(path.rglob("*.[jp]*")) if path.is_dir() else [path]:
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
             digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -89,7 +92,7 @@ def parts(path=RECORD):
         "both figures stand, the older version's first.\n"
     )
     for dtype in DTYPES:
-        for target in ("sm_90", "sm_80"):
+        for target in GATED:
             table = _table([r for r in rows if (r["dtype"], r["target"]) == (dtype, target)])
             if dtype == DTYPES[0]:
                 said += f"\n**{dtype}, {target}**\n\n{table}"
@@ -140,7 +143,7 @@ def _products(row):
 def _only_compiled(rows):
     """How many kernels compile for the chips that have no gate."""
     said = ""
-    for target in ("sm_100", "gfx942"):
+    for target in OTHERS:
         those = [row for row in rows if row["target"] == target]
         good = sum(row["passed"] for row in those)
         said += f"\nFor {target}, {good} of {len(those)} compile.\n"
@@ -167,10 +170,14 @@ def compile_all(cache, jobs):
     """Rows of every version, dtype and target."""
     for name in VERSIONS:
         install(name, cache)
-    work = [(name, dtype) for name in VERSIONS for dtype in DTYPES]
+    work = [
+        (cache / f"triton-{name}", dtype, targets)
+        for name in VERSIONS
+        for dtype in DTYPES
+        for targets in (GATED, OTHERS)
+    ]
     with ThreadPoolExecutor(jobs) as pool:
-        parts = pool.map(lambda w: _inspect(cache / f"triton-{w[0]}", w[1]), work)
-        return [row for part in parts for row in part]
+        return [row for part in pool.map(lambda w: _inspect(*w), work) for row in part]
 
 
 def install(name, cache):
@@ -187,15 +194,17 @@ def install(name, cache):
         Path(half, "triton").rename(folder)
 
 
-def _inspect(triton, dtype):
+def _inspect(triton, dtype, targets):
     """The rows of `gaugeblock inspect` on the triton in a folder. OSError where there are none."""
-    targets = [word for target in TARGETS for word in ("--target", target)]
+    names = sorted({case.name for _, case in aot_cases(targets[0])})
+    chosen = [word for target in targets for word in ("--target", target)]
+    chosen += [word for name in names for word in ("--case", name)]
     paths = f"{triton}{os.pathsep}{CHECKOUT}"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         ran = subprocess.run(
-            [sys.executable, "-m", "gaugeblock", "inspect", "--dtype", dtype, *targets,
+            [sys.executable, "-m", "gaugeblock", "inspect", "--dtype", dtype, *chosen,
              "--json", path],
             env=environment | {"PYTHONPATH": paths}, capture_output=True, text=True, cwd=folder,
         )  # fmt: skip

@@ -34,6 +34,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# those with a gate, and rows of their own in the tables of configurations; others must compile
+GATED = ("sm_90", "sm_80")
+
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -93,6 +96,17 @@ def _compiling(target):
         triton.runtime.JITFunction.run = run
 
 
+def aot_cases(target=GATED[0]):
+    """[(op, case)] that are compiled for a target: a table's rows where it has such rows."""
+    return [
+        (op, case)
+        for op in CATALOG.values()
+        for case in op.cases
+        if op.kernel is None and "aot" in case.tags
+        if target in GATED or "configuration" not in case.tags
+    ]
+
+
 def inspect(ops=(), target="sm_90", dtype="bfloat16", cases=()):
     """Compile the catalog's "aot" cases of `ops` (all by default) for a target.
 
@@ -110,7 +124,7 @@ def inspect(ops=(), target="sm_90", dtype="bfloat16", cases=()):
     for op in chosen:
         if op.kernel:
             raise ValueError(f"inspect: {op.name} must have a kernel, got none ({op.kernel})")
-    known = [(op, case) for op in chosen for case in op.cases if "aot" in case.tags]
+    known = [(op, case) for op, case in aot_cases() if op in chosen]
     for name in cases:
         _expect("case", name, dict.fromkeys(case.name for _, case in known))
     return [

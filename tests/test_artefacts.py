@@ -4,7 +4,7 @@ import json
 
 import pytest
 from gaugeblock.benchmarks import readme
-from gaugeblock.kernels import artefacts
+from gaugeblock.kernels import _configurations, artefacts, inspect
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.helpers import CHECKOUT
@@ -23,14 +23,38 @@ def test_the_record_has_every_kernel():
         tuple(r[k] for k in ("op", "case", "dtype", "target", "triton")) for r in record["rows"]
     }
     assert compiled == {
-        (name, case.name, dtype, target, version)
-        for name, op in CATALOG.items()
-        for case in op.cases
-        if op.kernel is None and "aot" in case.tags
+        (op.name, case.name, dtype, target, version)
         for dtype in artefacts.DTYPES
         for target in artefacts.TARGETS
+        for op, case in inspect.aot_cases(target)
         for version in artefacts.VERSIONS
     }, RUN
+
+
+def test_what_is_compiled():
+    with_kernel = {name for name, op in CATALOG.items() if op.kernel is None}
+    for target in artefacts.TARGETS:
+        assert {op.name for op, _ in inspect.aot_cases(target)} == with_kernel
+    sets = [set(inspect.aot_cases(target)) for target in ("gfx942", "sm_80", "sm_90")]
+    assert sets[0] < sets[1] == sets[2]
+
+
+def test_every_row_of_a_table_is_compiled():
+    """At the tile that the row names, on the target that it is for."""
+    compiled = {
+        (
+            r["kernel"],
+            r["target"],
+            r["tile"].rpartition("×")[0],
+            {"float32": 32}.get(r["dtype"], 16),
+        )
+        for r in artefacts.read()["rows"]
+    }
+    for row in _configurations.rows("attention"):
+        kernel = {"forward": "fwd"}.get(row["kernel"], f"bwd_{row['kernel']}")
+        tile = f"{row['BLOCK_M']}×{row['BLOCK_N']}"
+        found = f"_attention_{kernel}_kernel", row["architecture"], tile, row["bits"]
+        assert found in compiled, RUN
 
 
 def test_every_kernel_in_the_record_passes():
@@ -47,13 +71,20 @@ def test_any_change_of_a_kernel_changes_the_hash(tmp_path):
     (tmp_path / "_op.py").write_text("a")
     (tmp_path / "_folder").mkdir()
     (tmp_path / "_folder" / "forward.py").write_text("b")
+    (tmp_path / "configurations").mkdir()
+    (tmp_path / "configurations" / "op.json").write_text("[]")
     seen = [artefacts.sources(tmp_path)]
-    for name, text in (("_op.py", "c"), ("_folder/forward.py", "d"), ("_new.py", "")):
+    for name, text in (
+        ("_op.py", "c"),
+        ("_folder/forward.py", "d"),
+        ("_new.py", ""),
+        ("configurations/op.json", "[1]"),
+    ):
         (tmp_path / name).write_text(text)
         seen.append(artefacts.sources(tmp_path))
     (tmp_path / "_op.py").rename(tmp_path / "_other.py")
     seen.append(artefacts.sources(tmp_path))
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == 6
     for name in ("__init__.py", "cli.py", "inspect.py"):
         (tmp_path / name).write_text("not a kernel")
     assert artefacts.sources(tmp_path) == seen[-1]

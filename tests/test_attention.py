@@ -141,7 +141,7 @@ def test_every_configuration_of_the_table(
     assert {row["kernel"] for row in rows} == {"forward", "dkdv", "dq"}
     Tq = 13 if queries == "few" else max(row["BLOCK_M"] for row in rows) + 21
     Tk = 2 * max(row["BLOCK_N"] for row in rows) + 9
-    case = Case("configuration", B=1, H=2, Hkv=1, Tq=Tq, Tk=Tk, D=head_dim, causal=causal)
+    case = Case("configuration", B=1, H=2, Hkv=2, Tq=Tq, Tk=Tk, D=head_dim, causal=causal)
     dtype = "float32" if bits == 32 else "float16" if causal else "bfloat16"
     used = []
     find = _configurations.find

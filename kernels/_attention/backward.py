@@ -110,47 +110,49 @@ def _attention_bwd_dkdv_kernel(
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    for member in range(0, group):
-        h = h_k * group + member
-        line = (b * H + h) * Tq + begin
-        q_h = q_ptr + b * stride_qb + h * stride_qh + begin * stride_qt
-        do_h = do_ptr + b * stride_dob + h * stride_doh + begin * stride_dot
-        for start in range(open_first, open_last, BLOCK_M):
-            offs_m = start + tl.arange(0, BLOCK_M)
-            q = load_tile(
-                q_h, q_desc, stride_qt, b, h, begin, start, offs_m < rows, offs_d, D,
-                TMA, True, WHOLE_D, BLOCK_M,
-            )  # fmt: skip
-            do = load_tile(
-                do_h, do_desc, stride_dot, b, h, begin, start, offs_m < rows, offs_d, D,
-                TMA, True, WHOLE_D, BLOCK_M,
-            )  # fmt: skip
-            lse = tl.load(lse_ptr + line + offs_m)
-            delta = tl.load(delta_ptr + line + offs_m)
-            dk, dv = _attention_bwd_dkdv_tile(
-                dk, dv, k, v, q, do, lse, delta, (offs_m + shift)[None, :], j, n, window,
-                global_tokens, scale_log2e, (line + offs_m)[None, :] * Tk + begin, seed, least,
-                keep_scale, CAUSAL, False, PRECISION,
-            )  # fmt: skip
-        for number in range(0, masked):
-            start = masked_start(number, open_last, head, left, first, BLOCK_M)
-            offs_m = start + tl.arange(0, BLOCK_M)
-            mask_m = sees(offs_m, rows, n, shift, window, global_tokens, CAUSAL)
-            q = load_tile(
-                q_h, q_desc, stride_qt, b, h, begin, start, mask_m, offs_d, D,
-                TMA_MASKED, False, WHOLE_D, BLOCK_M,
-            )  # fmt: skip
-            do = load_tile(
-                do_h, do_desc, stride_dot, b, h, begin, start, mask_m, offs_d, D,
-                TMA_MASKED, False, WHOLE_D, BLOCK_M,
-            )  # fmt: skip
-            lse = tl.load(lse_ptr + line + offs_m, mask=mask_m, other=0.0)
-            delta = tl.load(delta_ptr + line + offs_m, mask=mask_m, other=0.0)
-            dk, dv = _attention_bwd_dkdv_tile(
-                dk, dv, k, v, q, do, lse, delta, (offs_m + shift)[None, :], j, n, window,
-                global_tokens, scale_log2e, (line + offs_m)[None, :] * Tk + begin, seed, least,
-                keep_scale, CAUSAL, True, PRECISION,
-            )  # fmt: skip
+    # one loop over the tiles of all heads: a loop around it would keep registers from this one
+    opened = (open_last - open_first) // BLOCK_M
+    for number in range(0, group * opened):
+        h = h_k * group + number // opened
+        start = open_first + number % opened * BLOCK_M
+        offs_m = start + tl.arange(0, BLOCK_M)
+        q = load_tile(
+            q_ptr + b * stride_qb + h * stride_qh + begin * stride_qt, q_desc, stride_qt,
+            b, h, begin, start, offs_m < rows, offs_d, D, TMA, True, WHOLE_D, BLOCK_M,
+        )  # fmt: skip
+        do = load_tile(
+            do_ptr + b * stride_dob + h * stride_doh + begin * stride_dot, do_desc, stride_dot,
+            b, h, begin, start, offs_m < rows, offs_d, D, TMA, True, WHOLE_D, BLOCK_M,
+        )  # fmt: skip
+        line = (b * H + h) * Tq + begin + offs_m
+        lse = tl.load(lse_ptr + line)
+        delta = tl.load(delta_ptr + line)
+        dk, dv = _attention_bwd_dkdv_tile(
+            dk, dv, k, v, q, do, lse, delta, (offs_m + shift)[None, :], j, n, window,
+            global_tokens, scale_log2e, line[None, :] * Tk + begin, seed, least, keep_scale,
+            CAUSAL, False, PRECISION,
+        )  # fmt: skip
+    for number in range(0, group * masked):
+        h = h_k * group + number // masked
+        start = masked_start(number % masked, open_last, head, left, first, BLOCK_M)
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = sees(offs_m, rows, n, shift, window, global_tokens, CAUSAL)
+        q = load_tile(
+            q_ptr + b * stride_qb + h * stride_qh + begin * stride_qt, q_desc, stride_qt,
+            b, h, begin, start, mask_m, offs_d, D, TMA_MASKED, False, WHOLE_D, BLOCK_M,
+        )  # fmt: skip
+        do = load_tile(
+            do_ptr + b * stride_dob + h * stride_doh + begin * stride_dot, do_desc, stride_dot,
+            b, h, begin, start, mask_m, offs_d, D, TMA_MASKED, False, WHOLE_D, BLOCK_M,
+        )  # fmt: skip
+        line = (b * H + h) * Tq + begin + offs_m
+        lse = tl.load(lse_ptr + line, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptr + line, mask=mask_m, other=0.0)
+        dk, dv = _attention_bwd_dkdv_tile(
+            dk, dv, k, v, q, do, lse, delta, (offs_m + shift)[None, :], j, n, window,
+            global_tokens, scale_log2e, line[None, :] * Tk + begin, seed, least, keep_scale,
+            CAUSAL, True, PRECISION,
+        )  # fmt: skip
     T = Tk if cu_seqlens_ptr is None else n
     offs = ((b * Hkv + h_k) * Tk + begin + offs_n)[:, None] * D + offs_d[None, :]
     mask = (offs_n < T)[:, None] & (offs_d < D)[None, :]

@@ -10,29 +10,30 @@ _MANY = {
         64: ((128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2), (128, 128, 8, 2),
              (128, 128, 8, 3), (64, 64, 4, 3)),
         128: ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2),
-              (64, 64, 4, 3), (64, 128, 4, 2)),
-        256: ((128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2),
-              (64, 64, 8, 2), (64, 32, 4, 2)),
+              (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 2)),
+        256: ((128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2),
+              (64, 32, 4, 2), (64, 32, 4, 3), (32, 32, 4, 2)),
     },
     "dkdv": {
-        64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3),
-             (32, 128, 4, 2), (128, 128, 8, 2)),
-        128: ((64, 128, 8, 1), (64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
-              (64, 64, 8, 2), (32, 64, 4, 2)),
-        256: ((32, 64, 8, 1), (32, 64, 8, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 2),
-              (64, 64, 8, 1), (64, 32, 8, 1)),
+        64: ((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (32, 64, 4, 2),
+             (32, 64, 4, 3), (32, 128, 8, 2)),
+        128: ((32, 128, 8, 1), (32, 128, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 4, 1),
+              (32, 64, 4, 2), (32, 64, 8, 2)),
+        256: ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 2), (32, 32, 8, 3), (64, 32, 8, 1),
+              (64, 32, 8, 2), (16, 64, 8, 2)),
     },
     "dq": {
         64: ((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3),
              (128, 32, 4, 3), (128, 128, 8, 2)),
         128: ((128, 64, 8, 1), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2),
               (64, 64, 8, 2), (64, 32, 4, 2)),
-        256: ((64, 32, 8, 1), (64, 32, 8, 2), (32, 32, 4, 2), (64, 64, 8, 1), (128, 32, 8, 1),
-              (64, 16, 4, 2), (64, 32, 4, 1)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 3), (32, 32, 4, 2), (32, 32, 8, 2), (64, 64, 8, 2),
+              (128, 16, 8, 2), (64, 16, 4, 2)),
     },
 }  # fmt: skip
 # of the side that has no more than 16 rows: the other side, num_warps, num_stages
-_FEW = ((32, 4, 2), (64, 2, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 2))
+_FEW = ((32, 4, 2), (32, 8, 2), (64, 2, 2), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 4, 2),
+        (128, 8, 2))  # fmt: skip
 _MANY_FLOAT32 = {
     64: ((32, 32, 4, 1), (32, 32, 4, 2), (32, 32, 8, 1), (64, 32, 4, 1), (32, 64, 4, 1),
          (64, 64, 8, 1), (16, 32, 4, 1)),
@@ -50,19 +51,25 @@ def candidates(row):
         tiles = [(16, *tile) for tile in (_FEW_FLOAT32 if single else _FEW)]
     else:
         tiles = (_MANY_FLOAT32 if single else _MANY[row["kernel"]])[D]
-    by_tma = (False, True) if row["architecture"] == "sm_90" else (False,)
+    # float32 products of tiles that a descriptor brings spill by the kilobyte
+    by_tma = (False, True) if row["architecture"] == "sm_90" and not single else (False,)
     own = {name: row[name] for name in LAUNCH}
     others = [dict(zip(LAUNCH, (*tile, tma))) for tile in tiles for tma in by_tma]
-    return [own, *(x for x in others if x != own and _tiles_fit(row, x))]
+    return [own, *(x for x in others if x != own and _fits(row, x))]
 
 
-def _tiles_fit(row, candidate):
-    """Whether the held tiles, and the walked ones once a stage, fit in shared memory."""
+def _fits(row, candidate):
+    """Whether its tiles fit in shared memory, and its sums in half of the registers."""
     held, walked = candidate["BLOCK_M"], candidate["BLOCK_N"]
     if row["kernel"] == "dkdv":
         held, walked = walked, held
-    tiles = (1 if row["kernel"] == "forward" else 2) * held + 2 * candidate["num_stages"] * walked
-    return tiles * row["head_dim"] * row["bits"] // 8 <= _SHARED_BYTES[row["architecture"]]
+    inputs = 1 if row["kernel"] == "forward" else 2
+    sums = 2 if row["kernel"] == "dkdv" else 1
+    # what is held lies there once, what is walked once a stage
+    rows = inputs * held + 2 * candidate["num_stages"] * walked
+    shared_bytes = rows * row["head_dim"] * row["bits"] // 8
+    registers = sums * held * row["head_dim"] / (32 * candidate["num_warps"])
+    return shared_bytes <= _SHARED_BYTES[row["architecture"]] and registers <= 128
 
 
 def representative_shape(head_dim, queries):

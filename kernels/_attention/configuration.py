@@ -13,10 +13,10 @@ _SECTION_BYTES = 20 << 20
 HEAD_DIMS = (64, 128, 256)
 
 
-def configuration(kernel, Tq, D, dtype, causal, *, masks=False, dropout=0.0):
+def configuration(kernel, Tq, D, dtype, causal, *, plain=True, dropout=0.0):
     """-> BLOCK_M, BLOCK_N, num_warps, num_stages, TMA of "forward", "dkdv" or "dq".
 
-    masks: whether there are others than the causal one.
+    plain: whether there is no mask but the causal one, and no group of heads.
     """
     row = find(
         "attention",
@@ -28,8 +28,8 @@ def configuration(kernel, Tq, D, dtype, causal, *, masks=False, dropout=0.0):
         queries="few" if Tq <= FEW_QUERIES else "many",
     )
     options = {k: row[k] for k in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")}
-    # random words need registers; so do masks and a padded head in the kernel that has none left
-    if dropout or (kernel == "dkdv" and (masks or tile(D, LARGEST_HEAD_DIM) != D)):
+    # random words need registers; so does whatever is not plain in the kernel that has none left
+    if dropout or (kernel == "dkdv" and not (plain and tile(D, LARGEST_HEAD_DIM) == D)):
         if options["num_warps"] < 8:
             options["num_warps"] = 8
         else:

@@ -76,10 +76,8 @@ def backward(
         *read, dq, k_desc, v_desc, lengths, cu_seqlens, *strides, *sizes, *queries, *numbers,
         PRECISION=precision, **masks, **options | tma,
     )  # fmt: skip
-    others = lengths is not None or cu_seqlens is not None or window is not None
-    options = configuration(
-        "dkdv", Tq, D, q.dtype, causal, masks=others, dropout=dropout
-    ) | head  # fmt: skip
+    plain = dense and window is None and group == 1
+    options = configuration("dkdv", Tq, D, q.dtype, causal, plain=plain, dropout=dropout) | head
     do_desc, q_desc, tma = descriptors(options, options["BLOCK_M"], dense, do, q)
     launch(
         _attention_bwd_dkdv_kernel, programs(Tk, options["BLOCK_N"], cu_seqlens) * B * Hkv,

@@ -134,6 +134,7 @@ def _compiled():
         )
     tags = ("aot", "configuration")
     yield _case("compiled_padded_head", 2, 4, 1000, 1000, 80, causal=True, tags=tags)
+    yield _case("compiled_grouped", 2, 4, 1024, 1024, 128, Hkv=2, causal=True, tags=tags)
     yield _case(
         "compiled_banded", 2, 4, 1024, 1024, 64, Hkv=2, causal=True, window=256, global_tokens=4,
         tags=("aot",),
