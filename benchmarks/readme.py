@@ -1,7 +1,8 @@
 """`make readme`: put what `make demo` left into docs/demo, and the records into the pages.
 
 The README's generated parts come from docs/demo, those of docs/oracle.md from docs/oracle, which
-`make oracle` fills. A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+`make oracle` fills, those of docs/inspect.md and docs/attention.md from what compiled and from the
+table of configurations. A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gaugeblock.kernels.sass import MATRIX, TMA
 from gaugeblock.reference.oracle import Result
 from gaugeblock.reference.report import binding
 
+from . import estimates
 from .markdown import markdown_summary
 from .record import RESULTS, load_record
 from .report import report
@@ -67,6 +69,7 @@ def pages():
         CHECKOUT / "README.md": parts(),
         CHECKOUT / "docs" / "oracle.md": oracle_parts(),
         CHECKOUT / "docs" / "inspect.md": artefacts.parts(),
+        CHECKOUT / "docs" / "attention.md": estimates.parts(),
     }
 
 

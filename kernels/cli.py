@@ -1,4 +1,4 @@
-"""`gaugeblock inspect`."""
+"""`gaugeblock inspect` and `gaugeblock tune`."""
 
 from collections import Counter
 from pathlib import Path
@@ -55,6 +55,78 @@ def inspect(
     console.print(_figures(parts, target))
     console.print(_mix(rows, parts))
     raise typer.Exit(0 if all(row["passed"] for row in rows) else 1)
+
+
+@app.command()
+def tune(
+    op: str = typer.Argument(help="An op whose launch configurations are a table: attention."),
+    dtype: str = typer.Option("bfloat16", help="float32, float16 or bfloat16."),
+    head_dim: list[int] = typer.Option(None, help="Only these: 64, 128, 256."),
+    kernel: list[str] = typer.Option(None, help="Only these: forward, dkdv, dq."),
+    causal: bool = typer.Option(None, help="Only causal rows, or only the others."),
+    queries: str = typer.Option(None, help="Only rows for few queries, or for many."),
+    budget_s: float = typer.Option(None, help="Seconds; until it is done by default."),
+    log: Path = typer.Option(
+        None, help="Every attempt, as JSON; runs/tune/OP.json by default.", show_default=False
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Say what would be measured; needs no GPU."
+    ),
+    architecture: str = typer.Option(
+        None, help="With --dry-run: sm_80 or sm_90; this machine's by default."
+    ),
+):
+    """Measure launch configurations on this GPU, and rewrite the table that the kernels use.
+
+    Each row of the table is measured against other tiles, warps and stages, none of which is timed
+    before its answers are right. One that is faster by more than 1% takes the row's place; the row
+    then says on what it was measured, and its time. The table is written after each row, and rows
+    that were never measured come first: a session that is cut off can be continued.
+    """
+    from .tune import candidates, plan
+    from .tune import tune as run
+
+    filters = {
+        "dtype": dtype, "head_dims": head_dim, "causal": causal, "queries": queries,
+        "kernels": kernel,
+    }  # fmt: skip
+    console = Console()
+    console = console if console.is_terminal else Console(width=250)
+    if dry_run:
+        rows = plan(op, architecture=architecture, **filters)[1]
+        table = Table("row", "candidates", title=f"{op}: {len(rows)} rows")
+        for row in rows:
+            table.add_row(_row_name(row), str(len(candidates(row))))
+    else:
+        if architecture is not None:
+            raise ValueError(f"tune: --architecture goes with --dry-run, got {architecture}")
+        log = log or Path("runs") / "tune" / f"{op}.json"
+        outcomes = run(op, budget_s=budget_s, log=log, **filters)
+        table = _outcomes(outcomes)
+    console.print(table)
+
+
+def _row_name(key):
+    mask = "causal" if key["causal"] else "full"
+    sizes = f"{key['head_dim']} {key['bits']} bit, {key['queries']} queries"
+    return f"{key['kernel']} {key['architecture']} {mask} {sizes}"
+
+
+def _outcomes(outcomes):
+    """One line a row of the table that was to be measured."""
+    replaced = sum(outcome["replaced"] for outcome in outcomes)
+    table = Table(
+        "row", "shipped ms", "best ms", "ratio", "configuration",
+        title=f"{replaced} of {len(outcomes)} rows replaced",
+    )  # fmt: skip
+    for outcome in outcomes:
+        shipped, best = outcome["shipped_ms"], outcome["best_ms"]
+        times = ("–",) * 3
+        if best is not None:
+            times = f"{shipped:.4g}", f"{best:.4g}", f"{best / shipped:.3f}"
+        launch = " ".join(f"{k}={v}" for k, v in outcome["configuration"].items())
+        table.add_row(_row_name(outcome["key"]), *times, escape(outcome["reason"] or launch))
+    return table
 
 
 def _expect_together(ops, own, case):

@@ -267,14 +267,14 @@ def test_dropout_of_everything_leaves_nothing_and_seeds_differ():
 
 FEATURES = [
     {"causal": True, "window": 9, "global_tokens": 2},
-    {"causal": True, "lengths": (60, 131)},
+    {"causal": True, "lengths": (11, 37)},
     {"dropout": 0.3, "seed": 5},
 ]
 
 
 @pytest.mark.parametrize("options", FEATURES, ids=lambda options: "-".join(options))
 def test_registration_and_tracing_with_options(options):
-    q, k, v = qkv(2, 4, 2, 33, 131, 8)
+    q, k, v = qkv(2, 2, 1, 20, 37, 8)
     if "lengths" in options:
         options = options | {"lengths": torch.tensor(options["lengths"], device=DEVICE)}
     arguments = (

@@ -79,10 +79,13 @@ def representative_shape(head_dim, queries):
     return B, H, H, Tq, Tk, head_dim
 
 
-def odd_shape(head_dim, queries, candidate):
-    """B, H, Hkv, Tq, Tk, D at which it must be right: all tiles ragged, heads shared and padded.
+def odd_shape(head_dim, queries, candidate, every_option):
+    """B, H, Hkv, Tq, Tk, D at which it must be right, all tiles ragged.
 
-    Tq ≤ Tk, as where descriptors read masked tiles too; their rows come in steps of 16 bytes.
+    Launchers change a configuration for padded or shared heads: those come with every option alone,
+    in rows of 16-byte steps, as descriptors want them. Tq ≤ Tk, so that descriptors read masked
+    tiles too, as where candidates are timed.
     """
     Tq = 13 if queries == "few" else 2 * candidate["BLOCK_M"] + 5
-    return 1, 2, 1, Tq, max(2 * candidate["BLOCK_N"], Tq) + 9, head_dim - 8
+    Hkv, D = (1, head_dim - 8) if every_option else (2, head_dim)
+    return 1, 2, Hkv, Tq, max(2 * candidate["BLOCK_N"], Tq) + 9, D

@@ -67,6 +67,19 @@ class GlobalTokensIgnored(Attention):
         return super().visible(Tq, Tk, causal, align, window, 0, *rest)
 
 
+@mutant(
+    "attention",
+    bug="global tokens right of the window left out",
+    seen="global tokens beyond a window without causality",
+)
+class GlobalTokensOnTheLeftAlone(Attention):
+    def visible(self, Tq, Tk, causal, align, window, global_tokens, *rest):
+        visible = super().visible(Tq, Tk, causal, align, window, global_tokens, *rest)
+        near = super().visible(Tq, Tk, causal, align, window, 0, *rest)
+        shift = Tk - Tq if align == "bottom_right" else 0
+        return near | (visible & (torch.arange(Tk) < torch.arange(Tq)[:, None] + shift))
+
+
 @mutant("attention", bug="global tokens exempt from causality", seen="causal with global tokens")
 class GlobalTokensNotCausal(Attention):
     def visible(self, Tq, Tk, causal, align, window, global_tokens, *rest):
