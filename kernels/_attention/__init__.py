@@ -16,8 +16,8 @@ Algorithm: forward, one program a tile of queries walks the keys with a running 
 nobody sees are skipped. Nothing of size Tq·Tk is stored. Backward computes p again from lse in two
 passes, one over keys for dk and dv, one over queries for dq, so that no sum depends on the order in
 which programs finish: bitwise deterministic. Exponentials are exp2 with log2(e) folded into the
-scale. The tiles of a packed document start where it does, so that its result is bit for bit what it
-is alone.
+scale. The tiles of a packed document start where it does: o, lse and dq of more than 16 queries are
+bit for bit what they are for the document alone.
 Saved for backward: q, k, v, o and lse in float32; dropout's mask is computed again.
 dtypes: float16, bfloat16, float32 (IEEE products unless TF32 is asked for), float64 (scale passes
 as float32).
