@@ -32,7 +32,8 @@ def configuration(kernel, Tq, D, dtype, causal, *, plain=True, dropout=0.0):
     if dropout or (kernel == "dkdv" and not (plain and tile(D, LARGEST_HEAD_DIM) == D)):
         if options["num_warps"] < 8:
             options["num_warps"] = 8
-        else:
+        elif dtype.itemsize == 2:
+            # tiles of float32 are small already
             walked = "BLOCK_M" if kernel == "dkdv" else "BLOCK_N"
             options[walked] = max(options[walked] // 2, 16)
     return options
