@@ -26,7 +26,7 @@ def test_the_record_has_every_kernel():
         (op.name, case.name, dtype, target, version)
         for dtype in artefacts.DTYPES
         for target in artefacts.TARGETS
-        for op, case in inspect.aot_cases(target)
+        for op, case in inspect.aot_cases(target in artefacts.GATED)
         for version in artefacts.VERSIONS
     }, RUN
 
