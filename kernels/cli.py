@@ -92,6 +92,7 @@ def tune(
     }  # fmt: skip
     console = Console()
     console = console if console.is_terminal else Console(width=250)
+    wrong = False
     if dry_run:
         rows = plan(op, architecture=architecture, **filters)[1]
         table = Table("row", "candidates", title=f"{op}: {len(rows)} rows")
@@ -103,7 +104,10 @@ def tune(
         log = log or Path("runs") / "tune" / f"{op}.json"
         outcomes = run(op, budget_s=budget_s, log=log, **filters)
         table = _outcomes(outcomes)
+        # a row that is wrong or does not run is what a user must hear of
+        wrong = any("own row" in (outcome["reason"] or "") for outcome in outcomes)
     console.print(table)
+    raise typer.Exit(1 if wrong else 0)
 
 
 def _row_name(key):

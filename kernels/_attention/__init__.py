@@ -116,8 +116,8 @@ def attention(
     element of that index under the seed. With return_lse: (o, lse), lse (B, H, Tq) in float32, the
     natural log of the softmax's sum. precision is that of float32 products: "ieee", "tf32" or
     "tf32x3" (three TF32 products, almost as exact as IEEE, on the matrix units).
-    lengths and cu_seqlens are checked on the CPU; what lies on a GPU is not read, which would wait
-    for it: wrong numbers there are clamped.
+    lengths and cu_seqlens, tensors or lists, are checked on the CPU; what lies on a GPU is not
+    read, which would wait for it: wrong numbers there are clamped.
     Raises ValueError for shapes, options or devices that do not fit, TypeError for dtypes.
     """
     lengths, cu_seqlens = _as_int(lengths), _as_int(cu_seqlens)
@@ -142,7 +142,9 @@ def attention(
 
 def _as_int(values):
     """lengths or cu_seqlens as a tensor, whatever sequence they come as; None stays None."""
-    return values if values is None or isinstance(values, torch.Tensor) else torch.tensor(values)
+    if values is None or isinstance(values, torch.Tensor):
+        return values
+    return torch.tensor(values) if len(values) else torch.empty(0, dtype=torch.int64)
 
 
 def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens, dropout, seed, precision):

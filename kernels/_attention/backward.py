@@ -9,7 +9,7 @@ from .forward import LOG2E, load_rows, load_tile
 from .masks import key_span, locate, masked_start, query_span, sees, tiles, visible
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "section", "documents", "window", "global_tokens"])
 def _attention_bwd_delta_kernel(
     o_ptr, do_ptr, dlse_ptr, delta_ptr, lengths_ptr, cu_seqlens_ptr,
     stride_dob, stride_doh, stride_dot, H, Tq, Tk, D, pairs, section, documents,
@@ -67,7 +67,11 @@ def _attention_bwd_dkdv_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["section", "window", "global_tokens", "seed", "least"])
+@triton.jit(
+    do_not_specialize=[
+        "pairs", "section", "documents", "window", "global_tokens", "least", "seed",
+    ]
+)  # fmt: skip
 def _attention_bwd_dkdv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, do_desc, q_desc,
     lengths_ptr, cu_seqlens_ptr,
@@ -113,8 +117,8 @@ def _attention_bwd_dkdv_kernel(
     # one loop over the tiles of all heads: a loop around it would keep registers from this one
     opened = (open_last - open_first) // BLOCK_M
     for number in range(0, group * opened):
-        h = h_k * group + number // opened
-        start = open_first + number % opened * BLOCK_M
+        h = h_k * group + number // tl.maximum(opened, 1)
+        start = open_first + number % tl.maximum(opened, 1) * BLOCK_M
         offs_m = start + tl.arange(0, BLOCK_M)
         q = load_tile(
             q_ptr + b * stride_qb + h * stride_qh + begin * stride_qt, q_desc, stride_qt,
@@ -133,8 +137,8 @@ def _attention_bwd_dkdv_kernel(
             CAUSAL, False, PRECISION,
         )  # fmt: skip
     for number in range(0, group * masked):
-        h = h_k * group + number // masked
-        start = masked_start(number % masked, open_last, head, left, first, BLOCK_M)
+        h = h_k * group + number // tl.maximum(masked, 1)
+        start = masked_start(number % tl.maximum(masked, 1), open_last, head, left, first, BLOCK_M)
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = sees(offs_m, rows, n, shift, window, global_tokens, CAUSAL)
         q = load_tile(
@@ -183,7 +187,11 @@ def _attention_bwd_dq_tile(
     return dot(cast(ds, k.dtype), k, dq, PRECISION)
 
 
-@triton.jit(do_not_specialize=["section", "window", "global_tokens", "seed", "least"])
+@triton.jit(
+    do_not_specialize=[
+        "pairs", "section", "documents", "window", "global_tokens", "least", "seed",
+    ]
+)  # fmt: skip
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
     lengths_ptr, cu_seqlens_ptr,

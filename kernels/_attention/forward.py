@@ -66,10 +66,8 @@ def _attention_fwd_tile(
     if MASKED:
         s = tl.where(visible(i, j, n, window, global_tokens, CAUSAL), s, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
-    m_safe = m_new
-    if MASKED:
-        # a row that has seen nothing yet must not turn into −inf − (−inf)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    # a row that has seen nothing yet, or −inf alone, must not turn into −inf − (−inf)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * factor - m_safe[:, None])
     alpha = tl.exp2(m_i - m_safe)
     l_i = l_i * alpha + tl.sum(p, 1)
@@ -79,7 +77,12 @@ def _attention_fwd_tile(
     return acc, m_new, l_i
 
 
-@triton.jit(do_not_specialize=["section", "window", "global_tokens", "seed", "least"])
+# whatever changes from call to call has one kernel for all its values
+@triton.jit(
+    do_not_specialize=[
+        "pairs", "section", "documents", "window", "global_tokens", "least", "seed",
+    ]
+)  # fmt: skip
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, k_desc, v_desc, lengths_ptr, cu_seqlens_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,

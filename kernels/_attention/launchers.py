@@ -22,6 +22,7 @@ def forward(
     B, H, Tq, D = q.shape
     Hkv, Tk = k.shape[1:3]
     q, k, v = map(contiguous_rows, (q, k, v))
+    lengths, cu_seqlens = contiguous(lengths), contiguous(cu_seqlens)
     o = torch.empty((B, H, Tq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=accumulator(q.dtype), device=q.device)
     dense = everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
@@ -35,7 +36,7 @@ def forward(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         H, H // Hkv, Tq, Tk, D, *order(B * H, H // Hkv, k, cu_seqlens),
         scale * LOG2E.value, window, global_tokens or None, *dropping(dropout, seed),
-        CAUSAL=causal, BOTTOM_RIGHT=bottom_right, PRESCALED=scale <= 0, PRECISION=precision,
+        CAUSAL=causal, BOTTOM_RIGHT=bottom_right, PRESCALED=unfoldable(scale), PRECISION=precision,
         **options | tma,
     )  # fmt: skip
     return o, lse
@@ -50,8 +51,12 @@ def backward(
     Hkv, Tk = k.shape[1:3]
     group = H // Hkv
     do, q, k, v = map(contiguous_rows, (do, q, k, v))
+    lengths, cu_seqlens = contiguous(lengths), contiguous(cu_seqlens)
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if H == 0:
+        # no head reads the keys
+        return dq, dk.zero_(), dv.zero_()
     dense = everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
     masks = {"CAUSAL": causal, "BOTTOM_RIGHT": bottom_right}
     queries = order(B * H, group, k, cu_seqlens)
@@ -88,9 +93,19 @@ def backward(
     return dq, dk, dv
 
 
+def unfoldable(scale):
+    """Whether the scale must be applied before the maximum: not positive, or 0 in float32."""
+    return scale * LOG2E.value < 2.0**-126
+
+
 def contiguous_rows(x):
     """x where its last dimension is contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(numbers):
+    """lengths or cu_seqlens without strides; None stays None."""
+    return None if numbers is None else numbers.contiguous()
 
 
 def programs(T, block, cu_seqlens):

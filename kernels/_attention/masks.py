@@ -49,6 +49,9 @@ def locate(
         # wrong numbers on the device must not lead out of the tensors
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + document).to(tl.int32), 0), T)
         end = tl.minimum(tl.load(cu_seqlens_ptr + document + 1).to(tl.int32), T)
+        # nor leave rows that no document has, which nobody would write
+        begin = tl.where(document == 0, 0, begin)
+        end = tl.where(document + 1 == documents, T, end)
         n = tl.maximum(end - begin, 0)
         block = tl.maximum(block - begin // BLOCK - document, 0)
         begin = begin.to(tl.int64)
@@ -111,6 +114,9 @@ def key_span(i_first, i_last, n, window, global_tokens, CAUSAL: tl.constexpr):
         if global_tokens is not None:
             global_high = tl.maximum(tl.minimum(global_tokens, high if CAUSAL else n), 0)
             high = tl.maximum(high, global_high)
+    # a tile behind the last query of its document sees nothing
+    high = tl.where(i_first <= i_last, high, 0)
+    global_high = tl.where(i_first <= i_last, global_high, 0)
     return low, high, open_low, open_high, global_high
 
 
