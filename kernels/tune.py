@@ -227,7 +227,7 @@ class _Bench:
         errors = _errors(self._answers(candidate, shape, every_option), exact)
         for name, error, own, ulp in zip(_OUTPUTS, errors, own_errors, ulps):
             # so written that NaN is wrong
-            if not error <= 2 * own + 4 * ulp:
+            if not error <= 2 * (own + ulp):
                 return f"wrong: {name} errs by {error:.3g}, the eager twin by {own:.3g}"
         return None
 

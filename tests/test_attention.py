@@ -168,8 +168,9 @@ def test_chips_without_rows_use_those_of_one_that_can_do_the_same(monkeypatch):
         assert _configurations.architecture() == want
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU without descriptors cannot take them")
 def test_descriptors_and_pointers_give_the_same_bits():
+    if not INTERPRETED and _configurations.architecture() != "sm_90":
+        pytest.skip("a GPU without descriptors cannot take them")
     q, k, v = qkv(2, 4, 2, 150, 170, 40, torch.float16)
     by_descriptor = everything(q, k, v, causal=True)
 
@@ -239,6 +240,69 @@ def test_wrong_numbers_on_the_device_do_not_lead_out_of_the_tensors(monkeypatch)
     assert torch.equal(attention(q, k, v, lengths=torch.tensor([99], device=DEVICE)), longest)
     none = attention(q, k, v, lengths=torch.tensor([-3], device=DEVICE))
     assert not none.any()
+
+
+@pytest.mark.parametrize("numbers", [[0, 12], [5, 20], [4, 9]])
+def test_rows_that_no_document_has_are_written_all_the_same(numbers, monkeypatch):
+    monkeypatch.setattr(_attention, "readable", lambda tensor: False)
+    q, k, v = qkv(1, 1, 1, 20, 20, 8)
+    torch.use_deterministic_algorithms(True)
+    try:
+        # torch fills what it allocates with NaN
+        found = everything(q, k, v, cu_seqlens=torch.tensor(numbers, device=DEVICE))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_lengths_may_have_strides():
+    q, k, v = qkv(2, 1, 1, 9, 20, 8)
+    pairs = torch.tensor([[7, 20], [9, 20]], device=DEVICE)
+    for lengths in (pairs[:, 0], pairs[:1, 0].expand(2)):
+        given = everything(q, k, v, lengths=lengths)
+        for a, b in zip(given, everything(q, k, v, lengths=lengths.tolist())):
+            assert torch.equal(a, b)
+    starts = torch.tensor([[0, 3], [4, 9], [20, 8]], device=DEVICE)[:, 0]
+    q, k, v = qkv(1, 1, 1, 20, 20, 8)
+    packed = attention(q, k, v, cu_seqlens=starts)
+    assert torch.equal(packed, attention(q, k, v, cu_seqlens=[0, 4, 20]))
+
+
+# NumPy's products warn of infinities, which are meant here
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_whole_tile_of_infinitely_small_scores_leaves_the_others():
+    q, k, v = (x.detach() for x in qkv(1, 1, 1, 32, 300, 8))
+    q = q.abs() + 0.1
+    k[:, :, :128, 0] = -torch.inf
+    rest = attention(q, k[:, :, 128:], v[:, :, 128:])
+    torch.testing.assert_close(attention(q, k, v), rest)
+
+
+@pytest.mark.parametrize("scale", [1e-47, -1e-47, 1e-39])
+def test_a_scale_that_float32_does_not_hold_is_none_at_all(scale):
+    q, k, v = qkv(1, 1, 1, 20, 40, 8)
+    for a, b in zip(
+        everything(q, k, v, causal=True, scale=scale), everything(q, k, v, causal=True, scale=0.0)
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_heads_read_no_keys():
+    q, k, v = qkv(2, 0, 1, 4, 5, 8)
+    o, lse, dq, dk, dv = everything(q, k, v)
+    assert o.shape == dq.shape == q.shape and lse.numel() == 0
+    assert not dk.any() and not dv.any()
+
+
+def test_a_seed_is_one_symbol_to_the_compiler():
+    q, k, v = (x.detach() for x in qkv(1, 1, 1, 8, 8, 4))
+
+    def fn(q, k, v, seed):
+        return kernels.attention(q, k, v, dropout=0.5, seed=seed, impl="eager")
+
+    compiled = torch.compile(fn, fullgraph=True, backend="eager")
+    for seed in range(12):
+        assert torch.equal(compiled(q, k, v, seed), fn(q, k, v, seed))
 
 
 @triton.jit

@@ -162,11 +162,12 @@ def test_ours_refuses_what_the_row_lacks():
     op = CATALOG["attention"]
     assert one.cannot(op, case_of("attention", "causal"), "float32", "fwd") is None
     assert "impl" not in providers._declared(one.ops["attention"])
-    for name in ("grouped_heads", "window", "documents", "lengths"):
-        case = case_of("attention", name)
-        assert one.cannot(op, case, "float32", "fwd"), name
     # not by an undeclared option, and so by the row's expression
-    assert "grouped" in one.cannot(op, case_of("attention", "grouped_heads"), "float32", "fwd")
+    lacking = replace(op, lacks="grouped")
+    assert "grouped" in one.cannot(lacking, case_of("attention", "grouped_heads"), "float32", "fwd")
+    for case in op.select("full"):
+        assert one.cannot(op, case, "float32", "bwd") is None
+        assert one.cannot(lacking, case, "float32", "bwd") is None or "grouped" in case.tags
     linear = CATALOG["linear"], case_of("linear", "odd")
     assert one.cannot(*linear, "float32", "fwd") == "has no linear"
 
