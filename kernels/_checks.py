@@ -55,15 +55,22 @@ def expect_integers(op, name, tensor):
         raise TypeError(f"{op}: {name} must be integers (int32, int64), got {tensor.dtype}")
 
 
+def expect_integer(op, name, value):
+    """Raise TypeError unless `value` is an integer of some kind."""
+    # what is one stays a symbol to torch.compile, whatever its value
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            operator.index(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise TypeError(f"{op}: {name} must be an integer, got {kind}") from None
+
+
 def expect_dropout(op, name, p, seed):
     """Raise unless `p` (which the op calls `name`) lies in 0 … 1 and the seed has 64 bits."""
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must lie in 0 … 1, got {p}")
-    try:
-        # what is an integer stays one symbol to torch.compile, whatever its value
-        seed = seed if isinstance(seed, (int, torch.SymInt)) else operator.index(seed)
-    except TypeError:
-        raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}") from None
+    expect_integer(op, "seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must lie in −2⁶³ … 2⁶⁴ − 1, got {seed}")
 

@@ -44,6 +44,11 @@ def launch(kernel, programs, *args, **options):
         kernel[(programs,)](*args, **options)
 
 
+def contiguous_rows(x):
+    """x where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def accumulator(dtype):
     """The torch dtype of statistics and accumulators: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

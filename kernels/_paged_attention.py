@@ -29,8 +29,25 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_dimensions, expect_integers, expect_shape, readable
-from ._launch import accumulator, cast, dot, launch, resolve, tile, tl_accumulator, wide
+from ._checks import (
+    expect_alike,
+    expect_dimensions,
+    expect_integer,
+    expect_integers,
+    expect_shape,
+    readable,
+)
+from ._launch import (
+    accumulator,
+    cast,
+    contiguous_rows,
+    dot,
+    launch,
+    resolve,
+    tile,
+    tl_accumulator,
+    wide,
+)
 
 _LARGEST_HEAD_DIM = 256
 # keys in a split are a multiple of this, and so many splits are the most that a row has
@@ -199,7 +216,7 @@ def _most_splits(capacity, Tq, window, BLOCK_N, SPLITS):
 
 def _forward(q, k_pages, v_pages, block_table, lengths, window, scale):
     """-> o (B, H, Tq, D) contiguous."""
-    q, k_pages, v_pages = map(_last_contiguous, (q, k_pages, v_pages))
+    q, k_pages, v_pages = map(contiguous_rows, (q, k_pages, v_pages))
     lengths = lengths.contiguous()
     (B, H, Tq, D), (P, Hkv, page, _) = q.shape, k_pages.shape
     o = torch.empty((B, H, Tq, D), dtype=q.dtype, device=q.device)
@@ -224,10 +241,6 @@ def _forward(q, k_pages, v_pages, block_table, lengths, window, scale):
         acc, m, l, lengths, o, H, Tq, D, capacity, window, splits, num_warps=4, **shared,
     )  # fmt: skip
     return o
-
-
-def _last_contiguous(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _launch_all(q, k_pages, v_pages, block_table, lengths, window=None, scale=1.0):
@@ -299,6 +312,8 @@ def paged_attention(
         raise ValueError(f"paged_attention: H must be a multiple of Hkv, got H = {H}, Hkv = {Hkv}")
     if page < 1:
         raise ValueError("paged_attention: page must be at least 1, got 0")
+    if window is not None:
+        expect_integer("paged_attention", "window", window)
     if window is not None and window < 1:
         raise ValueError(
             f"paged_attention: window must be at least 1 (a key itself), got {window}; "

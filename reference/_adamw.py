@@ -14,11 +14,9 @@ Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2; Kingma and Ba
 arXiv:1412.6980 (bias correction).
 """
 
-import operator
-
 import numpy as np
 
-from ._checks import expect_shape
+from ._checks import expect_integer, expect_shape
 from ._rounding import floats, rescaled
 
 
@@ -41,10 +39,7 @@ def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
 
 
 def _expect_hyperparameters(step, lr, beta1, beta2, eps, weight_decay):
-    try:
-        step = operator.index(step)
-    except TypeError:
-        raise TypeError(f"adamw: step must be an integer, got {type(step).__name__}") from None
+    expect_integer("adamw", "step", step)
     if step < 1:
         raise ValueError(f"adamw: step must be at least 1, got {step}; the first step is 1")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):

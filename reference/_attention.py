@@ -24,7 +24,7 @@ grouped heads as in Ainslie et al. 2023, arXiv:2305.13245.
 
 import numpy as np
 
-from ._checks import expect_choice, expect_shape
+from ._checks import expect_choice, expect_integer, expect_shape
 from ._philox import expect_dropout, keep_mask
 from ._rounding import floats, otherwise, rescaled, stored
 
@@ -208,6 +208,9 @@ def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens):
         raise ValueError("attention: Tk must be at least 1, got 0")
     if Hkv < 1 or H % Hkv:
         raise ValueError(f"attention: H must be a multiple of Hkv, got H = {H}, Hkv = {Hkv}")
+    expect_integer("attention", "global_tokens", global_tokens)
+    if window is not None:
+        expect_integer("attention", "window", window)
     if window is not None and window < 1:
         raise ValueError(
             f"attention: window must be at least 1 (a key itself), got {window}; None has no window"

@@ -1,5 +1,7 @@
 """One-line errors: name, rule, received value, remedy."""
 
+import operator
+
 import numpy as np
 
 
@@ -15,6 +17,14 @@ def expect_shape(op, name, array, rule, shape):
 def expect_choice(op, name, value, choices):
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def expect_integer(op, name, value):
+    try:
+        operator.index(value)
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{op}: {name} must be an integer, got {kind}") from None
 
 
 def expect_ids(op, name, ids, size, rule, also=None):

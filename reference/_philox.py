@@ -13,9 +13,10 @@ of its Random123 library.
 """
 
 import math
-import operator
 
 import numpy as np
+
+from ._checks import expect_integer
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -54,9 +55,6 @@ def expect_dropout(op, name, p, seed):
     """Raise unless `p` (which the op calls `name`) lies in 0 … 1 and the seed has 64 bits."""
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must lie in 0 … 1, got {p}")
-    try:
-        seed = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"{op}: seed must be an integer, got {type(seed).__name__}") from None
+    expect_integer(op, "seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must lie in −2⁶³ … 2⁶⁴ − 1, got {seed}")

@@ -21,11 +21,9 @@ Source: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2020, arXiv:1
 Nguyen et al. 2024, arXiv:2407.01082 (min-p); order and edges as in Hugging Face's `generate`.
 """
 
-import operator
-
 import numpy as np
 
-from ._checks import expect_shape
+from ._checks import expect_integer, expect_shape
 from ._rounding import floats, rescaled
 
 
@@ -86,11 +84,7 @@ def _expect_filters(temperature, top_k, top_p, min_p):
     if not 0 <= temperature < np.inf:
         raise ValueError(f"sample: temperature must be finite and at least 0, got {temperature}")
     if top_k is not None:
-        try:
-            top_k = operator.index(top_k)
-        except TypeError:
-            kind = type(top_k).__name__
-            raise TypeError(f"sample: top_k must be an integer or None, got {kind}") from None
+        expect_integer("sample", "top_k", top_k)
         if top_k < 1:
             raise ValueError(f"sample: top_k must be at least 1, got {top_k}; None keeps all")
     if top_p is not None and not 0 < top_p <= 1:

@@ -32,6 +32,7 @@ from .._checks import (
     expect_choice,
     expect_dimensions,
     expect_dropout,
+    expect_integer,
     expect_integers,
     expect_shape,
     readable,
@@ -162,6 +163,9 @@ def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens, dropout, 
     if Hkv < 1 or H % Hkv:
         raise ValueError(f"attention: H must be a multiple of Hkv, got H = {H}, Hkv = {Hkv}")
     expect_dimensions("attention", "q", q, "(B, H, Tq, D)")
+    expect_integer("attention", "global_tokens", global_tokens)
+    if window is not None:
+        expect_integer("attention", "window", window)
     if window is not None and window < 1:
         raise ValueError(
             f"attention: window must be at least 1 (a key itself), got {window}; None has no window"

@@ -6,10 +6,19 @@ import triton.language as tl
 from .._launch import cast, dot
 from .._philox import kept
 from .forward import LOG2E, load_rows, load_tile
-from .masks import key_span, locate, masked_start, query_span, sees, tiles, visible
+from .masks import (
+    UNSPECIALIZED,
+    key_span,
+    key_walk,
+    locate,
+    masked_start,
+    query_walk,
+    sees,
+    visible,
+)
 
 
-@triton.jit(do_not_specialize=["pairs", "section", "documents", "window", "global_tokens"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_delta_kernel(
     o_ptr, do_ptr, dlse_ptr, delta_ptr, lengths_ptr, cu_seqlens_ptr,
     stride_dob, stride_doh, stride_dot, H, Tq, Tk, D, pairs, section, documents,
@@ -17,11 +26,10 @@ def _attention_bwd_delta_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(do ⊙ o) − dlse; 0 where a query sees nothing, whatever do holds."""
-    b, h, block, begin, n = locate(
-        Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr, BLOCK_M, False
-    )
-    rows = Tq if cu_seqlens_ptr is None else n
-    shift = n - rows if BOTTOM_RIGHT else 0
+    b, h, block, begin, rows, n, shift = locate(
+        Tq, Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr,
+        BOTTOM_RIGHT, BLOCK_M, False,
+    )  # fmt: skip
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = sees(offs_m, rows, n, shift, window, global_tokens, CAUSAL)
@@ -67,11 +75,7 @@ def _attention_bwd_dkdv_tile(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "pairs", "section", "documents", "window", "global_tokens", "least", "seed",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dkdv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, do_desc, q_desc,
     lengths_ptr, cu_seqlens_ptr,
@@ -85,11 +89,10 @@ def _attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One program a tile of keys of one key head: all query heads of its group, one by one."""
     Hkv = H // group
-    b, h_k, block, begin, n = locate(
-        Tk, Tk, Hkv, pairs, section, documents, lengths_ptr, cu_seqlens_ptr, BLOCK_N, False
-    )
-    rows = Tq if cu_seqlens_ptr is None else n
-    shift = n - rows if BOTTOM_RIGHT else 0
+    b, h_k, block, begin, rows, n, shift = locate(
+        Tk, Tq, Tk, Hkv, pairs, section, documents, lengths_ptr, cu_seqlens_ptr,
+        BOTTOM_RIGHT, BLOCK_N, False,
+    )  # fmt: skip
     k_ptr += b * stride_kb + h_k * stride_kh + begin * stride_kt
     v_ptr += b * stride_vb + h_k * stride_vh + begin * stride_vt
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,15 +105,8 @@ def _attention_bwd_dkdv_kernel(
     k = load_rows(k_ptr, stride_kt, offs_n, mask_n, offs_d, D, False, WHOLE_D)
     v = load_rows(v_ptr, stride_vt, offs_n, mask_n, offs_d, D, False, WHOLE_D)
     j = offs_n[:, None]
-    j_last = tl.minimum(block * BLOCK_N + BLOCK_N, n) - 1
-    low, high, open_low, open_high = query_span(
-        block * BLOCK_N, j_last, rows, shift, window, global_tokens, CAUSAL
-    )
-    # a tile beyond the last key has no queries, one that holds the last key no open ones
-    high = tl.where(block * BLOCK_N < n, high, 0)
-    open_high = tl.where(block * BLOCK_N + BLOCK_N <= n, open_high, 0)
-    open_first, open_last, head, left, first, masked = tiles(
-        low, high, open_low, open_high, 0, BLOCK_M
+    open_first, open_last, head, left, first, masked = query_walk(
+        block, rows, n, shift, window, global_tokens, CAUSAL, BLOCK_M, BLOCK_N
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -187,11 +183,7 @@ def _attention_bwd_dq_tile(
     return dot(cast(ds, k.dtype), k, dq, PRECISION)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "pairs", "section", "documents", "window", "global_tokens", "least", "seed",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dq_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, k_desc, v_desc,
     lengths_ptr, cu_seqlens_ptr,
@@ -203,11 +195,10 @@ def _attention_bwd_dq_kernel(
     TMA: tl.constexpr, TMA_MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, begin, n = locate(
-        Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr, BLOCK_M, CAUSAL
-    )
-    rows = Tq if cu_seqlens_ptr is None else n
-    shift = n - rows if BOTTOM_RIGHT else 0
+    b, h, block, begin, rows, n, shift = locate(
+        Tq, Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr,
+        BOTTOM_RIGHT, BLOCK_M, CAUSAL,
+    )  # fmt: skip
     h_k = h // group
     q_ptr += b * stride_qb + h * stride_qh + begin * stride_qt
     do_ptr += b * stride_dob + h * stride_doh + begin * stride_dot
@@ -223,12 +214,8 @@ def _attention_bwd_dq_kernel(
     lse = tl.load(lse_ptr + line + offs_m, mask=mask_m, other=0.0)
     delta = tl.load(delta_ptr + line + offs_m, mask=mask_m, other=0.0)
     i = (offs_m + shift)[:, None]
-    i_last = tl.minimum(block * BLOCK_M + BLOCK_M, rows) - 1 + shift
-    low, high, open_low, open_high, global_high = key_span(
-        block * BLOCK_M + shift, i_last, n, window, global_tokens, CAUSAL
-    )
-    open_first, open_last, head, left, first, masked = tiles(
-        low, high, open_low, open_high, global_high, BLOCK_N
+    low, high, global_high, open_first, open_last, head, left, first, masked = key_walk(
+        block, rows, n, shift, window, global_tokens, CAUSAL, BLOCK_M, BLOCK_N
     )
     index = (line + offs_m)[:, None] * Tk + begin
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .._launch import cast, dot
 from .._philox import kept
-from .masks import key_span, locate, masked_start, sees, tiles, visible
+from .masks import UNSPECIALIZED, key_walk, locate, masked_start, sees, visible
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 LOG2E: tl.constexpr = tl.constexpr(1 / math.log(2))
@@ -77,12 +77,7 @@ def _attention_fwd_tile(
     return acc, m_new, l_i
 
 
-# whatever changes from call to call has one kernel for all its values
-@triton.jit(
-    do_not_specialize=[
-        "pairs", "section", "documents", "window", "global_tokens", "least", "seed",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, k_desc, v_desc, lengths_ptr, cu_seqlens_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -94,11 +89,10 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    b, h, block, begin, n = locate(
-        Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr, BLOCK_M, CAUSAL
-    )
-    rows = Tq if cu_seqlens_ptr is None else n
-    shift = n - rows if BOTTOM_RIGHT else 0
+    b, h, block, begin, rows, n, shift = locate(
+        Tq, Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr,
+        BOTTOM_RIGHT, BLOCK_M, CAUSAL,
+    )  # fmt: skip
     h_k = h // group
     q_ptr += b * stride_qb + h * stride_qh + begin * stride_qt
     k_ptr += b * stride_kb + h_k * stride_kh + begin * stride_kt
@@ -109,12 +103,8 @@ def _attention_fwd_kernel(
     mask_m = sees(offs_m, rows, n, shift, window, global_tokens, CAUSAL)
     q = load_rows(q_ptr, stride_qt, offs_m, mask_m, offs_d, D, False, WHOLE_D)
     i = (offs_m + shift)[:, None]
-    i_last = tl.minimum(block * BLOCK_M + BLOCK_M, rows) - 1 + shift
-    low, high, open_low, open_high, global_high = key_span(
-        block * BLOCK_M + shift, i_last, n, window, global_tokens, CAUSAL
-    )
-    open_first, open_last, head, left, first, masked = tiles(
-        low, high, open_low, open_high, global_high, BLOCK_N
+    low, high, global_high, open_first, open_last, head, left, first, masked = key_walk(
+        block, rows, n, shift, window, global_tokens, CAUSAL, BLOCK_M, BLOCK_N
     )
     # where dropout counts the scores from
     index = ((b * H + h) * Tq + begin + offs_m)[:, None] * Tk + begin

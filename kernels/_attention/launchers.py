@@ -3,7 +3,7 @@
 import torch
 import triton
 
-from .._launch import accumulator, launch
+from .._launch import accumulator, contiguous_rows, launch
 from .._philox import signed, threshold
 from .backward import (
     _attention_bwd_delta_kernel,
@@ -25,7 +25,7 @@ def forward(
     lengths, cu_seqlens = contiguous(lengths), contiguous(cu_seqlens)
     o = torch.empty((B, H, Tq, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=accumulator(q.dtype), device=q.device)
-    dense = everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
+    dense = is_dense(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
     options = configuration("forward", Tq, D, q.dtype, causal, dropout=dropout) | head_options(
         D, q.dtype
     )
@@ -57,7 +57,7 @@ def backward(
     if H == 0:
         # no head reads the keys
         return dq, dk.zero_(), dv.zero_()
-    dense = everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
+    dense = is_dense(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window)
     masks = {"CAUSAL": causal, "BOTTOM_RIGHT": bottom_right}
     queries = order(B * H, group, k, cu_seqlens)
 
@@ -98,11 +98,6 @@ def unfoldable(scale):
     return scale * LOG2E.value < 2.0**-126
 
 
-def contiguous_rows(x):
-    """x where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def contiguous(numbers):
     """lengths or cu_seqlens without strides; None stays None."""
     return None if numbers is None else numbers.contiguous()
@@ -124,7 +119,7 @@ def order(pairs, sharing, x, cu_seqlens):
     return pairs, section(pairs, sharing, x), documents
 
 
-def everything_counts(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window):
+def is_dense(Tq, Tk, lengths, cu_seqlens, causal, bottom_right, window):
     """Whether every query surely sees a key and every key is seen, so that all may be read."""
     if lengths is not None or cu_seqlens is not None:
         return False

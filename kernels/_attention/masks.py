@@ -12,15 +12,19 @@ that are in neither show nothing and are skipped.
 import triton
 import triton.language as tl
 
+# whatever changes from call to call: one kernel for all its values
+UNSPECIALIZED = ["pairs", "section", "documents", "window", "global_tokens", "least", "seed"]
+
 
 @triton.jit
 def locate(
-    T, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr,
-    BLOCK: tl.constexpr, REVERSED: tl.constexpr,
+    T, Tq, Tk, H, pairs, section, documents, lengths_ptr, cu_seqlens_ptr,
+    BOTTOM_RIGHT: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip
-    """Which tile of T rows (of queries or keys) this program works on -> b, h, block, begin, n.
+    """Which tile of T (Tq or Tk) this program works on -> b, h, block, begin, rows, n, shift.
 
-    Rows are counted from `begin`, where the tile's document begins, or 0; n is the number of keys.
+    Rows are counted from `begin`, where the tile's document begins, or 0; there are `rows` queries
+    and n keys, and query i stands at i + shift.
     Programs take the pairs of a batch row and a head in sections whose keys fit in the L2; within a
     section the tiles that take longest come first.
     """
@@ -57,7 +61,8 @@ def locate(
         begin = begin.to(tl.int64)
     if lengths_ptr is not None:
         n = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int32), 0), Tk)
-    return b, h, block, begin, n
+    rows = Tq if cu_seqlens_ptr is None else n
+    return b, h, block, begin, rows, n, n - rows if BOTTOM_RIGHT else 0
 
 
 @triton.jit
@@ -167,3 +172,36 @@ def masked_start(number, open_last, head, left, first, BLOCK: tl.constexpr):
     start = open_last + (number - head - left) * BLOCK
     start = tl.where(number < head + left, first + (number - head) * BLOCK, start)
     return tl.where(number < head, number * BLOCK, start)
+
+
+@triton.jit
+def key_walk(
+    block, rows, n, shift, window, global_tokens,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The walk of a tile of queries over the keys -> low, high, global_high; what `tiles` gives."""
+    i_first = block * BLOCK_M + shift
+    i_last = tl.minimum(block * BLOCK_M + BLOCK_M, rows) - 1 + shift
+    low, high, open_low, open_high, global_high = key_span(
+        i_first, i_last, n, window, global_tokens, CAUSAL
+    )
+    open_first, open_last, head, left, first, masked = tiles(
+        low, high, open_low, open_high, global_high, BLOCK_N
+    )
+    return low, high, global_high, open_first, open_last, head, left, first, masked
+
+
+@triton.jit
+def query_walk(
+    block, rows, n, shift, window, global_tokens,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The walk of a tile of keys over the queries: what `tiles` gives."""
+    j_last = tl.minimum(block * BLOCK_N + BLOCK_N, n) - 1
+    low, high, open_low, open_high = query_span(
+        block * BLOCK_N, j_last, rows, shift, window, global_tokens, CAUSAL
+    )
+    # a tile beyond the last key has no queries, one that holds the last key no open ones
+    high = tl.where(block * BLOCK_N < n, high, 0)
+    open_high = tl.where(block * BLOCK_N + BLOCK_N <= n, open_high, 0)
+    return tiles(low, high, open_low, open_high, 0, BLOCK_M)
