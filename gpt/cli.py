@@ -22,6 +22,7 @@ def train(
     warmup: int = typer.Option(20, help="Steps of linear warm-up; a cosine follows."),
     weight_decay: float = typer.Option(0.1, help="AdamW's decay of matrices and embeddings."),
     clip: float = typer.Option(1.0, help="Largest global gradient norm."),
+    dropout: float = typer.Option(0.0, help="Share of activations dropped while training."),
     seed: int = typer.Option(0, help="Seed of the weights and of the batches."),
     checkpoint_every: int = typer.Option(0, help="Steps between checkpoints; 0 for none."),
     evaluate_every: int = typer.Option(0, help="Steps between held-out losses; 0: at the end."),
@@ -47,7 +48,7 @@ def train(
     config = TrainConfig(
         data=tuple(str(path) for path in (*data, *(more or ()))), out=str(out), n_layer=n_layer,
         n_head=n_head, n_embd=n_embd, block_size=block_size, steps=steps, batch_size=batch_size,
-        lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, seed=seed,
+        lr=lr, warmup=warmup, weight_decay=weight_decay, clip=clip, dropout=dropout, seed=seed,
         checkpoint_every=checkpoint_every, evaluate_every=evaluate_every, device=str(device),
         dtype=dtype, impl=impl, resume=resume,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,10 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+
+# a prompt of more tokens is worth the kernel that shares keys among many queries
+_DECODED_TOGETHER = 16
 
 
 def torch_dtype(dtype):
@@ -59,6 +64,28 @@ def torch_device(device):
     return torch.device(device)
 
 
+@dataclass
+class Run:
+    """One pass through the model: which kernels, which cache, and what is dropped."""
+
+    impl: str
+    cache: KVCache | None
+    dropout: float
+    seed: int
+
+    def next_seed(self):
+        """A seed that no other place of this pass has."""
+        self.seed += 1
+        return self.seed
+
+    def drop(self, x):
+        return (
+            kernels.dropout(x, self.dropout, self.next_seed(), impl=self.impl)
+            if self.dropout
+            else x
+        )
+
+
 class Affine(nn.Module):
     """x w + b with w (in, out), the way GPT-2's files store it; cast to x's dtype."""
 
@@ -82,9 +109,12 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.eps = eps
 
-    def forward(self, x, impl):
-        w, b = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return kernels.layer_norm(x, w, b, self.eps, impl=impl)
+    def forward(self, h, x, run):
+        """The norm of h + x, and that sum; x None adds nothing."""
+        w, b = self.weight.to(h.dtype), self.bias.to(h.dtype)
+        if x is None:
+            return kernels.layer_norm(h, w, b, self.eps, impl=run.impl), h
+        return kernels.residual_layer_norm(h, x, w, b, self.eps, impl=run.impl)
 
 
 class Attention(nn.Module):
@@ -97,14 +127,18 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x, cache, impl):
+    def forward(self, x, run):
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        o = kernels.attention(q, k, v, causal=True, scale=self.scale, impl=impl)
-        return self.c_proj(o.transpose(1, 2).reshape(B, T, C))
+        if run.cache is None:
+            o = kernels.attention(
+                q, k, v, causal=True, scale=self.scale, dropout=run.dropout, seed=run.next_seed(),
+                impl=run.impl,
+            )  # fmt: skip
+        else:
+            o = run.cache.attend(self.layer, q, k, v, self.scale, run.impl)
+        return run.drop(self.c_proj(o.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
@@ -115,10 +149,10 @@ class MLP(nn.Module):
         self.c_proj = Affine(n_inner, config.n_embd)
         self.activation = config.activation
 
-    def forward(self, x, impl):
+    def forward(self, x, run):
         w1, b1 = self.c_fc.pair(x.dtype)
         w2, b2 = self.c_proj.pair(x.dtype)
-        return kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=impl)
+        return run.drop(kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=run.impl))
 
 
 class Block(nn.Module):
@@ -129,27 +163,39 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, h, cache, impl):
-        h = h + self.attn(self.ln_1(h, impl), cache, impl)
-        return h + self.mlp(self.ln_2(h, impl), impl)
+    def forward(self, h, x, run):
+        """The residual stream h, and x, which the next norm adds to it."""
+        y, h = self.ln_1(h, x, run)
+        y, h = self.ln_2(h, self.attn(y, run), run)
+        return h, self.mlp(y, run)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, (layer, B, H, block_size, D) each."""
+    """Keys and values of the tokens seen so far, (layer, B, H, block_size, D) each.
+
+    What is attended to through a cache has no gradient.
+    """
 
     def __init__(self, model, batch):
         c, like = model.config, model.wte.weight
         shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
         self.k = torch.empty(shape, dtype=model.compute_dtype or like.dtype, device=like.device)
         self.v = torch.empty_like(self.k)
+        self.pages = torch.arange(batch, dtype=torch.int32, device=like.device)[:, None]
         self.length = 0
 
-    def extend(self, layer, k, v):
-        """Append a layer's keys and values; all of that layer's so far."""
+    def attend(self, layer, q, k, v, scale, impl):
+        """Append a layer's keys and values, and attend to all of that layer's so far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        k, v = self.k[layer], self.v[layer]
+        if q.shape[2] > _DECODED_TOGETHER:
+            k, v = k[:, :, :end], v[:, :, :end]
+            return kernels.attention(q, k, v, causal=True, scale=scale, impl=impl)
+        # a row's keys are one page; the same shapes at every step
+        lengths = torch.full_like(self.pages[:, 0], end)
+        return kernels.paged_attention(q, k, v, self.pages, lengths, scale=scale, impl=impl)
 
 
 class GPT(nn.Module):
@@ -157,11 +203,15 @@ class GPT(nn.Module):
 
     impl:          which kernels: "auto", "triton" or "eager".
     compute_dtype: activations and the weights they meet are cast to it; None keeps the weights'.
+    dropout:       the share of embeddings, attention weights and both projections' outputs that is
+                   dropped while the model is in training mode.
+    dropout_seed:  which ones, 0 … 2⁴⁷; another one for each step.
     """
 
     def __init__(self, config, impl="auto"):
         super().__init__()
         self.config, self.impl, self.compute_dtype = config, impl, None
+        self.dropout, self.dropout_seed = 0.0, 0
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -178,52 +228,67 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None, attention_mask=None, *, cache=None):
+    def forward(self, idx, targets=None, attention_mask=None, *, cache=None, fused_loss=False):
         """Logits, and the mean cross-entropy where targets are given.
 
         idx, targets: (B, T) int; targets are already shifted, −100 is ignored.
         attention_mask: (B, T), 0 at padding on either side; positions count the tokens that are
         not padding. Logits at padding are 0 and its targets are ignored.
-        Returns (logits (B, T, V), loss or None).
+        fused_loss: the loss comes straight from the head, whose logits are never stored.
+        Returns (logits (B, T, V), loss or None); (None, loss) with fused_loss.
         Raises ValueError for shapes, ids out of range (on a CPU) or more than block_size tokens.
         """
         self._expect_ids(idx, 0 if cache is None else cache.length)
         if attention_mask is not None and cache is not None:
             raise ValueError("GPT: attention_mask must be None with a cache, got a mask; drop one")
+        if fused_loss and targets is None:
+            raise ValueError("GPT: fused_loss must have targets, got None; pass them")
+        keep = None
         if attention_mask is None:
-            logits = self._logits(idx, cache)
+            x = self._trunk(idx, cache)
         else:
-            logits = self._padded_logits(idx, attention_mask)
+            keep = self._kept(idx, attention_mask)
+            x = self._padded_trunk(idx, keep)
             if targets is not None:
-                targets = targets.masked_fill(attention_mask == 0, -100)
+                targets = targets.masked_fill(~keep, -100)
+        head = self.wte if self.config.tie_word_embeddings else self.lm_head
+        w = head.weight.to(x.dtype)
+        if fused_loss:
+            return None, kernels.linear_cross_entropy(x, w, targets, impl=self.impl)
+        logits = F.linear(x, w)
+        if keep is not None:
+            logits = logits.masked_fill(~keep[..., None], 0.0)
         if targets is None:
             return logits, None
         return logits, kernels.cross_entropy(logits, targets, impl=self.impl)
 
-    def _logits(self, idx, cache=None):
+    def _trunk(self, idx, cache=None):
+        """What the head reads, (B, T, C)."""
         start = 0 if cache is None else cache.length
         positions = torch.arange(start, start + idx.shape[1], device=idx.device)
         h = self.wte(idx) + self.wpe(positions)
-        h = h.to(self.compute_dtype or h.dtype)
+        # whatever seed the caller counts with, the places of two passes have different ones
+        run = Run(self.impl, cache, self.dropout if self.training else 0.0, self.dropout_seed << 16)
+        h, x = run.drop(h.to(self.compute_dtype or h.dtype)), None
         for block in self.h:
-            h = block(h, cache, self.impl)
+            h, x = block(h, x, run)
         if cache is not None:
             cache.length += idx.shape[1]
-        head = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.ln_f(h, self.impl), head.weight.to(h.dtype))
+        return self.ln_f(h, x, run)[0]
 
-    def _padded_logits(self, idx, attention_mask):
-        """Move padding behind the tokens, where causality hides it, and the logits back."""
+    def _padded_trunk(self, idx, keep):
+        """Move padding behind the tokens, where causality hides it, and what comes out back."""
+        order = keep.long().argsort(dim=1, descending=True, stable=True)
+        x = self._trunk(idx.gather(1, order))
+        return x.gather(1, order.argsort(dim=1)[..., None].expand_as(x))
+
+    def _kept(self, idx, attention_mask):
         if attention_mask.shape != idx.shape:
             raise ValueError(
                 f"GPT: attention_mask must have idx's shape {tuple(idx.shape)}, "
                 f"got {tuple(attention_mask.shape)}"
             )
-        keep = attention_mask != 0
-        order = keep.long().argsort(dim=1, descending=True, stable=True)
-        logits = self._logits(idx.gather(1, order))
-        back = order.argsort(dim=1)[..., None].expand_as(logits)
-        return logits.gather(1, back).masked_fill(~keep[..., None], 0.0)
+        return attention_mask != 0
 
     def _expect_ids(self, idx, start):
         if idx.ndim != 2 or idx.shape[1] == 0:

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -44,6 +45,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     clip: float = 1.0
+    dropout: float = 0.0
     seed: int = 0
     checkpoint_every: int = 0
     evaluate_every: int = 0
@@ -63,6 +65,8 @@ class TrainConfig:
             raise ValueError(f"train: lr must lie in 0 … 1, 0 excluded, got {self.lr}")
         if not self.clip > 0:
             raise ValueError(f"train: clip must be > 0, got {self.clip}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"train: dropout must lie in 0 … 1, 1 excluded, got {self.dropout}")
         if not self.weight_decay >= 0:
             raise ValueError(f"train: weight_decay must be ≥ 0, got {self.weight_decay}")
         torch_device(self.device)
@@ -116,7 +120,7 @@ def train(config, report=lambda record: None):
 
     torch.manual_seed(config.seed)
     model = GPT(shape, config.impl).to(config.device)
-    model.compute_dtype = torch_dtype(config.dtype)
+    model.compute_dtype, model.dropout = torch_dtype(config.dtype), config.dropout
     impl = kernels.resolve("train", config.impl, model.wte.weight)
     adamw = optimizer(model, config)
     first = _resume(out, model, adamw, config) if config.resume else 0
@@ -163,7 +167,9 @@ def _step(model, adamw, ids, config, step):
     for group in adamw.param_groups:
         group["lr"] = rate
     x, y = data.batch(ids, config.block_size, config.batch_size, config.seed, step)
-    _, loss = model(x.to(config.device), y.to(config.device))
+    # a resumed run drops what the whole run would have
+    model.dropout_seed = int(np.random.default_rng([config.seed, step]).integers(2**47))
+    _, loss = model(x.to(config.device), y.to(config.device), fused_loss=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     loss = loss.item()
@@ -187,9 +193,12 @@ def _step(model, adamw, ids, config, step):
 def evaluate(model, ids, batch_size):
     """Mean loss in nats a token over all whole windows of a text."""
     device, total, count = model.wte.weight.device, 0.0, 0
+    training = model.training
+    model.eval()
     for x, y in data.held_out_batches(ids, model.config.block_size, batch_size):
-        _, loss = model(x.to(device), y.to(device))
+        _, loss = model(x.to(device), y.to(device), fused_loss=True)
         total, count = total + loss.item() * len(x), count + len(x)
+    model.train(training)
     return total / count
 
 
@@ -240,9 +249,11 @@ def _resume(out, model, adamw, config):
     before = json.loads((found[-1] / "config.train.json").read_text())
     for name, value in asdict(config).items():
         value = list(value) if isinstance(value, tuple) else value
-        if name not in _MAY_CHANGE and before[name] != value:
+        # a checkpoint from before an option existed has its default
+        was = before[name] if name in before else getattr(TrainConfig, name)
+        if name not in _MAY_CHANGE and was != value:
             raise ValueError(
-                f"train: --resume needs {name} as in {found[-1]}, {before[name]!r}, got {value!r}"
+                f"train: --resume needs {name} as in {found[-1]}, {was!r}, got {value!r}"
             )
     done = int(found[-1].name.removeprefix("step-"))
     if done >= config.steps:
