@@ -11,7 +11,7 @@ from gaugeblock.gpt.generate import sample
 from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from gaugeblock import reference
+from gaugeblock import kernels, reference
 from tests.helpers import gaugeblock
 
 SHAPES = {
@@ -390,3 +390,67 @@ def test_generate_refuses_what_it_cannot_read(tmp_path, arguments, message):
     assert ran.returncode == 2
     assert message in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fused_loss_is_the_loss(options, padded, tmp_path):
+    peer(**options).save_pretrained(tmp_path)
+    idx, targets = tokens(2, 13), tokens(2, 13, seed=1)
+    mask = torch.ones_like(idx)
+    if padded:
+        mask[0, :4] = 0
+        mask[1, 9:] = 0
+    found = []
+    for fused in (False, True):
+        model = ours(tmp_path)
+        logits, loss = model(idx, targets, mask, fused_loss=fused)
+        assert (logits is None) == fused
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, fused in zip(*found):
+        close(fused, plain)
+
+
+def test_a_fused_loss_needs_targets(saved):
+    with pytest.raises(ValueError, match="GPT: fused_loss must have targets, got None"):
+        ours(saved[1])(tokens(1, 5), fused_loss=True)
+
+
+def test_dropout_is_for_training_and_follows_its_seed(saved):
+    model, idx = ours(saved[1], "float32"), tokens(2, 13)
+    whole = model(idx)[0]
+    model.dropout = 0.3
+    assert torch.equal(model.eval()(idx)[0], whole)
+    model.train()
+    drawn = []
+    for model.dropout_seed in (1, 2, 1):
+        drawn.append(model(idx)[0])
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], whole)
+
+
+def test_all_kernels_drop_the_same_as_their_twins(saved):
+    idx, targets = tokens(2, 13), tokens(2, 13, seed=1)
+    found = []
+    for impl in ("eager", "triton"):
+        model = ours(saved[1], "float32", impl).to(DEVICE)
+        model.dropout, model.dropout_seed = 0.2, 5
+        _, loss = model(idx.to(DEVICE), targets.to(DEVICE), fused_loss=True)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for eager, triton in zip(*found):
+        torch.testing.assert_close(triton, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_reads_the_cache_by_pages(saved, monkeypatch):
+    calls = []
+    paged = kernels.paged_attention
+    monkeypatch.setattr(
+        kernels, "paged_attention", lambda q, *a, **k: calls.append(q.shape[2]) or paged(q, *a, **k)
+    )
+    model = ours(saved[1])
+    model.generate(tokens(2, 18), 3, temperature=0)
+    # the prompt is longer than what is decoded together
+    assert calls == [1] * 2 * SIZES["n_layer"]

@@ -63,7 +63,7 @@ def test_the_seed_decides_everything(text, tmp_path):
 
 
 def test_a_resumed_run_is_the_unbroken_run(text, tmp_path):
-    whole = config(text, tmp_path / "whole", steps=12, checkpoint_every=4)
+    whole = config(text, tmp_path / "whole", steps=12, checkpoint_every=4, dropout=0.1)
     train(whole)
 
     class Stop(Exception):
@@ -73,13 +73,13 @@ def test_a_resumed_run_is_the_unbroken_run(text, tmp_path):
         if record["step"] == 6:
             raise Stop
 
-    broken = config(text, tmp_path / "broken", steps=12, checkpoint_every=4)
+    broken = config(text, tmp_path / "broken", steps=12, checkpoint_every=4, dropout=0.1)
     with pytest.raises(Stop):
         train(broken, stop)
     assert not (tmp_path / "broken" / "model.safetensors").exists()
     with pytest.raises(ValueError, match="must be empty or new"):
         train(broken)
-    train(config(text, tmp_path / "broken", steps=12, checkpoint_every=4, resume=True))
+    train(config(text, tmp_path / "broken", steps=12, checkpoint_every=4, dropout=0.1, resume=True))
     a, b = (GPT.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     logs = [
