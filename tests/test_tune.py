@@ -1,6 +1,7 @@
 """`gaugeblock tune` puts faster launch configurations that are right into the table, no others."""
 
 import json
+import math
 import re
 
 import pytest
@@ -262,7 +263,7 @@ def test_every_table_can_be_measured():
 
 
 REFUSED = [
-    (("linear",), {}, "tune: op must be one of attention"),
+    (("linear",), {}, f"tune: op must be one of {', '.join(tune.OPS)}, got 'linear'"),
     (("attention",), {"dtype": "int8"}, "tune: dtype must be one of float32, float16, bfloat16"),
     (("attention",), {"only": {"head_dim": [64, 96]}},
      "tune: head_dim must be one of 64, 128, 256, got '96'"),
@@ -500,6 +501,29 @@ def test_a_table_is_written_whole_or_not_at_all(folder, monkeypatch):
     assert (folder / "attention.json").read_bytes() == before
 
 
+def smallest(rows, module):
+    """The row with the smallest tile, which the interpreter walks soonest."""
+    sizes = [name for name in module.LAUNCH if name.startswith("BLOCK")]
+    return min(rows, key=lambda row: math.prod(row[name] or 1 for name in sizes))
+
+
+def shipped():
+    """[(op, kernel)]: every kernel of a table, once."""
+    rows = ((op, row["kernel"]) for op in tune.OPS for row in _configurations.rows(op))
+    return list(dict.fromkeys(rows))
+
+
+@pytest.mark.parametrize(("op", "kernel"), shipped())
+def test_a_modules_problem_is_right_as_shipped(op, kernel):
+    module, table = tune.module(op), _configurations.rows(op)
+    _, rows = tune.plan(op, only={"kernel": [kernel]})
+    row = smallest(rows, module)
+    (row,) = (x for x in table if x == row)
+    bench = tune._Bench(op, module, table, row, torch.bfloat16, lambda fn: 1.0, [])
+    for harder in {False, bench.has_harder}:
+        assert bench._wrong(bench.own, harder) is None
+
+
 @pytest.mark.parametrize("op", tune.OPS)
 def test_a_modules_candidates_are_of_its_table(op):
     module = tune.module(op)
@@ -551,6 +575,9 @@ reasons = []
 for candidate in candidates:
     bench.attempt(candidate)
     reasons.append(bench.attempts[-1]["reason"])
+for candidate in candidates[:2]:
+    with bench._trial(candidate):
+        bench.call()
 reasons = [reason.split(":")[0] for reason in reasons]
 print(len(launched) > at_first, len(compiled) - before, *reasons)
 """
