@@ -9,8 +9,8 @@ A module has
 A problem without a candidate is the representative shape that is timed. With one it is small and
 odd, every tile of the candidate ragged, and the candidate must be right there. harder=True is the
 same with every option that changes how the kernel is launched or what it computes; a module that
-has no such thing leaves the parameter out. The host must not read what is launched, nor torch use it
-as an index: while candidates are compiled ahead, kernels leave no results.
+has no such thing leaves the parameter out. The host must not read what is launched, nor torch use
+it as an index: while candidates are compiled ahead, kernels leave no results.
 """
 
 from collections.abc import Callable
