@@ -2,7 +2,8 @@
 
 The README's generated parts come from docs/demo, those of docs/oracle.md from docs/oracle, which
 `make oracle` fills, those of docs/inspect.md and docs/attention.md from what compiled and from the
-table of configurations. A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+table of configurations, those of docs/step.md from the catalog. A generated part stands between
+`<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gaugeblock.kernels.sass import MATRIX, TMA
 from gaugeblock.reference.oracle import Result
 from gaugeblock.reference.report import binding
 
-from . import estimates
+from . import estimates, step_budget
 from .markdown import markdown_summary
 from .record import RESULTS, load_record
 from .report import report
@@ -70,6 +71,7 @@ def pages():
         CHECKOUT / "docs" / "oracle.md": oracle_parts(),
         CHECKOUT / "docs" / "inspect.md": artefacts.parts(),
         CHECKOUT / "docs" / "attention.md": estimates.parts(),
+        CHECKOUT / "docs" / "step.md": step_budget.parts(),
     }
 
 

@@ -8,6 +8,7 @@ measures and rewrites a table; nothing is tuned on a user's first call.
 import contextlib
 import functools
 import json
+import os
 from pathlib import Path
 
 import triton
@@ -37,9 +38,11 @@ def rows(op):
 
 
 def write(op, rows, folder=FOLDER):
-    """Write an op's table, one row a line."""
+    """Write an op's table, one row a line: all of it or nothing."""
     lines = ",\n".join(" " + json.dumps(row) for row in rows)
-    (folder / f"{op}.json").write_text(f"[\n{lines}\n]\n")
+    aside = folder / f"{op}.new"
+    aside.write_text(f"[\n{lines}\n]\n")
+    os.replace(aside, folder / f"{op}.json")
 
 
 def find(op, **key):

@@ -59,12 +59,15 @@ def inspect(
 
 @app.command()
 def tune(
-    op: str = typer.Argument(help="An op whose launch configurations are a table: attention."),
+    op: str = typer.Argument(help="An op whose launch configurations are a table."),
     dtype: str = typer.Option("bfloat16", help="float32, float16 or bfloat16."),
-    head_dim: list[int] = typer.Option(None, help="Only these: 64, 128, 256."),
-    kernel: list[str] = typer.Option(None, help="Only these: forward, dkdv, dq."),
-    causal: bool = typer.Option(None, help="Only causal rows, or only the others."),
-    queries: str = typer.Option(None, help="Only rows for few queries, or for many."),
+    only: list[str] = typer.Option(
+        None, help="Only these rows: head_dim=64. The same field twice: either; two fields: both."
+    ),
+    kernel: list[str] = typer.Option(None, help="--only kernel=…"),
+    head_dim: list[str] = typer.Option(None, help="--only head_dim=…"),
+    causal: bool = typer.Option(None, help="--only causal=true, or false."),
+    queries: list[str] = typer.Option(None, help="--only queries=…"),
     budget_s: float = typer.Option(None, help="Seconds; until it is done by default."),
     log: Path = typer.Option(
         None, help="Every attempt, as JSON; runs/tune/OP.json by default.", show_default=False
@@ -83,13 +86,14 @@ def tune(
     then says on what it was measured, and its time. The table is written after each row, and rows
     that were never measured come first: a session that is cut off can be continued.
     """
-    from .tune import candidates, plan
+    from .tune import module, plan
     from .tune import tune as run
 
-    filters = {
-        "dtype": dtype, "head_dims": head_dim, "causal": causal, "queries": queries,
-        "kernels": kernel,
-    }  # fmt: skip
+    short = {"kernel": kernel, "head_dim": head_dim, "queries": queries}
+    only = [*(only or ()), *(f"{name}={x}" for name, given in short.items() for x in given or ())]
+    filters = {"dtype": dtype, "only": _fields(only)}
+    if causal is not None:
+        filters["only"].setdefault("causal", []).append(str(causal).lower())
     console = Console()
     console = console if console.is_terminal else Console(width=250)
     wrong = False
@@ -97,7 +101,8 @@ def tune(
         rows = plan(op, architecture=architecture, **filters)[1]
         table = Table("row", "candidates", title=f"{op}: {len(rows)} rows")
         for row in rows:
-            table.add_row(_row_name(row), str(len(candidates(row))))
+            key = {name: row[name] for name in module(op).KEY}
+            table.add_row(_row_name(key), str(len(module(op).candidates(row))))
     else:
         if architecture is not None:
             raise ValueError(f"tune: --architecture goes with --dry-run, got {architecture}")
@@ -110,10 +115,22 @@ def tune(
     raise typer.Exit(1 if wrong else 0)
 
 
+def _fields(only):
+    """{field: [its values]} of FIELD=VALUE texts."""
+    fields = {}
+    for given in only:
+        name, equals, value = given.partition("=")
+        if not equals:
+            raise ValueError(f"tune: only must be FIELD=VALUE, got {given!r}")
+        fields.setdefault(name, []).append(value)
+    return fields
+
+
 def _row_name(key):
-    mask = "causal" if key["causal"] else "full"
-    sizes = f"{key['head_dim']} {key['bits']} bit, {key['queries']} queries"
-    return f"{key['kernel']} {key['architecture']} {mask} {sizes}"
+    """As --only takes it."""
+    from .tune import text
+
+    return " ".join(f"{name}={text(value)}" for name, value in key.items())
 
 
 def _outcomes(outcomes):

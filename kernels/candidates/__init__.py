@@ -9,10 +9,12 @@ A module has
 A problem without a candidate is the representative shape that is timed. With one it is small and
 odd, every tile of the candidate ragged, and the candidate must be right there. harder=True is the
 same with every option that changes how the kernel is launched or what it computes; a module that
-has no such thing leaves the parameter out.
+has no such thing leaves the parameter out. The host must not read what is launched, nor torch use
+it as an index: while candidates are compiled ahead, kernels leave no results.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 
 class Problem(NamedTuple):
@@ -27,6 +29,6 @@ class Problem(NamedTuple):
 
     names: tuple
     inputs: tuple
-    timed: Any
-    answers: Any
-    twin: Any
+    timed: Callable
+    answers: Callable
+    twin: Callable

@@ -1,5 +1,18 @@
-"""What `gaugeblock tune` tries on the rows of attention's table, and at which shapes."""
+"""What `gaugeblock tune` tries on the rows of attention's table, and at which shapes.
 
+Timed for "forward" is the forward pass; for "dkdv" and "dq" the whole backward pass, the other
+kernels launched as the table says.
+"""
+
+import functools
+
+import torch
+
+from .._attention import launchers
+from .._attention.eager import eager
+from . import Problem
+
+KEY = ("kernel", "architecture", "head_dim", "bits", "causal", "queries")
 LAUNCH = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "TMA")
 # what one program may have; chips without rows use sm_80's, the smallest of them has 99 KiB
 _SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10}
@@ -79,13 +92,55 @@ def representative_shape(head_dim, queries):
     return B, H, H, Tq, Tk, head_dim
 
 
-def odd_shape(head_dim, queries, candidate, every_option):
+def odd_shape(head_dim, queries, candidate, harder):
     """B, H, Hkv, Tq, Tk, D at which it must be right, all tiles ragged.
 
-    Launchers change a configuration for padded or shared heads: those come with every option alone,
+    Launchers change a configuration for padded or shared heads: those come with the harder alone,
     in rows of 16-byte steps, as descriptors want them. Tq ≤ Tk, so that descriptors read masked
     tiles too, as where candidates are timed.
     """
     Tq = 13 if queries == "few" else 2 * candidate["BLOCK_M"] + 5
-    Hkv, D = (1, head_dim - 8) if every_option else (2, head_dim)
+    Hkv, D = (1, head_dim - 8) if harder else (2, head_dim)
     return 1, 2, Hkv, Tq, max(2 * candidate["BLOCK_N"], Tq) + 9, D
+
+
+def problem(row, dtype, device, candidate=None, harder=False):
+    """Both passes; harder: with a window, global keys, lengths, dropout and one kv head."""
+    sizes = row["head_dim"], row["queries"]
+    shape = odd_shape(*sizes, candidate, harder) if candidate else representative_shape(*sizes)
+    q, k, v, do, dlse = inputs = _draw(shape, dtype, device)
+    options = _options(shape, row["causal"], device, harder)
+    forward = functools.partial(launchers.forward, q, k, v, *options)
+    timed = forward
+    if row["kernel"] != "forward":
+        timed = functools.partial(launchers.backward, do, None, q, k, v, *forward(), *options)
+
+    def answers():
+        o, lse = forward()
+        return o, lse, *launchers.backward(do, dlse, q, k, v, o, lse, *options)
+
+    def twin(q, k, v, do, dlse):
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        o, lse = eager(*inputs, *options)
+        return o, lse, *torch.autograd.grad((o, lse), inputs, (do, dlse.to(lse.dtype)))
+
+    return Problem(("o", "lse", "dq", "dk", "dv"), inputs, timed, answers, twin)
+
+
+def _draw(shape, dtype, device):
+    """q, k, v, do, dlse."""
+    B, H, Hkv, Tq, Tk, D = shape
+    generator = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator, device=device)
+    sizes = (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, D), (B, H, Tq, D)
+    return *(draw(size, dtype=dtype) for size in sizes), draw((B, H, Tq))
+
+
+def _options(shape, causal, device, harder):
+    *_, Tk, D = shape
+    scale = D**-0.5
+    if not harder:
+        return None, None, causal, True, None, 0, scale, 0.0, 0, "ieee"
+    # every query sees a key, so that nothing is infinite
+    lengths = torch.tensor([Tk - 5], device=device)
+    return lengths, None, causal, True, Tk // 3, 3, scale, 0.2, 1, "ieee"
