@@ -4,7 +4,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -175,8 +174,7 @@ def _batches(tensors, hyperparameters):
 
 
 def _laid_out_alike(tensors):
-    """The tensors, or copies of some, whose memory holds their elements without gaps, all in one
-    order."""
+    """The tensors, or copies of some: elements without gaps in memory, all in one order."""
     if all(x is None or x.is_contiguous() for x in tensors):
         return tensors
     # the strides of the first where it has no gaps, else those of a copy of it
@@ -207,35 +205,36 @@ def _tables(batch):
                 "that change, got one; capture a call for each tensor"
             )
     addresses = tuple(
-        tuple(0 if x is None else x.data_ptr() for x in tensors) + (tensors[0].numel(),)
+        (*(0 if x is None else x.data_ptr() for x in tensors), tensors[0].numel())
         for tensors in batch.tensors
     )
     return Tables(
-        _numbers(addresses, np.int64, device, stream),
+        _numbers(addresses, torch.int64, device, stream),
         *(
             _chunks(batch.sizes, _chunk(batch.configuration(kernel)), device, stream)
             for kernel in ("update", "squares")
         ),
-        _numbers(tuple(batch.coefficients), np.float32, device, stream),
+        _numbers(tuple(batch.coefficients), torch.float32, device, stream),
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _numbers(rows, dtype, device, stream):
-    return _copied(np.array(rows, dtype), device)
+    return _copied(torch.tensor(rows, dtype=dtype, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=16)
 def _chunks(sizes, elements, device, stream):
     """(chunks, 2): the tensor of each chunk, and which of the tensor's it is."""
-    counts = -(-np.array(sizes, np.int64) // elements)
-    tensors = np.repeat(np.arange(len(sizes)), counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    return _copied(np.stack([tensors, np.arange(len(tensors)) - first], 1), device)
+    counts = (torch.tensor(sizes, device="cpu") + elements - 1) // elements
+    tensors = torch.repeat_interleave(counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return _copied(
+        torch.stack([tensors, torch.arange(len(tensors), device="cpu") - first], 1), device
+    )
 
 
-def _copied(array, device):
-    host = torch.from_numpy(array)
+def _copied(host, device):
     # from pageable memory the copy would wait for the device
     host = host.pin_memory() if device.type == "cuda" else host
     return host.to(device, non_blocking=True)
