@@ -264,9 +264,12 @@ class GPT(nn.Module):
 
     def _trunk(self, idx, cache=None):
         """What the head reads, (B, T, C)."""
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
-        h = self.wte(idx) + self.wpe(positions)
+        positions = None
+        if cache is not None and cache.length:
+            end = cache.length + idx.shape[1]
+            positions = torch.arange(cache.length, end, device=idx.device)
+        wte, wpe = self.wte.weight, self.wpe.weight
+        h = kernels.embedding(idx, wte, wpe, positions, impl=self.impl)
         # whatever seed the caller counts with, the places of two passes have different ones
         run = Run(self.impl, cache, self.dropout if self.training else 0.0, self.dropout_seed << 16)
         h, x = run.drop(h.to(self.compute_dtype or h.dtype)), None
