@@ -87,12 +87,10 @@ def loss_of(m_i, l_i, total, picked, V, alpha, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def slope_of(x, offs_v, target, lse, V, alpha, SMOOTH: tl.constexpr):
+def slope_of(x, offs_v, target, lse, V, alpha):
     """d loss / d logit of the columns offs_v."""
-    slope = tl.exp(x - lse) - tl.where(offs_v == target, 1 - alpha, 0.0)
-    if SMOOTH:
-        slope -= alpha / V
-    return slope
+    uniform = alpha / V
+    return tl.exp(x - lse) - tl.where(offs_v == target, 1 - alpha + uniform, uniform)
 
 
 @triton.jit
@@ -135,7 +133,7 @@ def new_parts(splits, M, smooth, like):
 
 
 def merge(parts, picked, strides, targets, losses, lse, V, ignore_index, alpha):
-    """Writes losses (M,) and lse (M,); the logit of row i, column v is picked's, at these strides."""
+    """Writes losses (M,) and lse (M,); picked holds the logits of rows and columns, so strided."""
     splits, M = parts[0].shape
     launch(
         _loss_merge_kernel, triton.cdiv(M, 128),
