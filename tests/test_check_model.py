@@ -8,15 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gaugeblock.gpt import GPT
+from gaugeblock.gpt.optimizer import AdamW
+from gaugeblock.kernels._launch import LAUNCHES
 from gaugeblock.reference.oracle import check_model
 from gaugeblock.reference.oracle import model as oracle
 from gaugeblock.reference.oracle.model import MODEL
+from gaugeblock.reference.oracle.result import describe
 from safetensors.torch import load_file
 from torch import nn
 
 from examples.transformers_model import Model as Transformers
 from tests.helpers import CHECKOUT, gaugeblock
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {case.name for case in MODEL.cases} | {"training"}
 
 
@@ -119,6 +123,30 @@ def test_right_models_pass(load):
     plain = {r.output for r in report.results if r.case == "plain"}
     assert plain == {"logits", "loss"} | {f"d{key}" for key in MODEL.floating()[:-1]}
     assert [r.output for r in report.results if r.case == "training"] == ["losses"]
+
+
+class Fused(GPT):
+    """The loss straight from the head."""
+
+    def forward(self, idx, targets=None):
+        return super().forward(idx, targets, fused_loss=targets is not None)
+
+
+def test_ten_losses_of_training_on_every_kernel(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(AdamW, impl="triton"))
+    before = LAUNCHES.copy()
+    report = check_model(
+        lambda directory: Fused.from_pretrained(directory, impl="triton"), expression="training",
+        device=DEVICE,
+    )  # fmt: skip
+    (losses,) = report.results
+    assert losses.passed, describe(losses)
+    launched = set(LAUNCHES - before)
+    wanted = {
+        "_embedding_fwd_kernel", "_layer_norm_fwd_kernel", "_attention_fwd_kernel",
+        "_product_kernel", "_linear_cross_entropy_parts_kernel", "_adamw_list_kernel",
+    }  # fmt: skip
+    assert wanted <= launched
 
 
 def test_right_models_pass_in_16_bits():
