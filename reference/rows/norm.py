@@ -13,6 +13,23 @@ from .values import (
     zeros,
 )
 
+# a width in each class of the kernels' tables, some of them away from its border
+_WIDTHS = (64, 200, 1000, 4096, 8192, 12288, 65536)
+
+
+def _compiled():
+    """Cases that are compiled, not run: with those of GPT-2's widths, every row of the table."""
+    for N in _WIDTHS:
+        yield Case(f"compiled_{N}", M=4096, N=N, tags=("aot", "configuration"))
+
+
+def _borders():
+    """Rows and columns one beside the tiles of several rows, and widths at the classes' borders."""
+    for M, N in ((15, 64), (17, 65), (9, 256), (7, 250), (3, 1024), (2, 1025)):
+        yield Case(f"border_{M}x{N}", M=M, N=N, tags=("full",))
+    yield Case("wide", M=2, N=16385, tags=("full",))
+
+
 LAYER_NORM = row(
     "layer_norm",
     {"x": "M N", "w": "N", "b": "N"},
@@ -21,7 +38,7 @@ LAYER_NORM = row(
         Case("one_row", M=1, N=64),
         Case("one_column", M=3, N=1, tags=("degenerate",)),
         Case("many_rows", M=67, N=33),
-        # more rows than the backward has programs
+        # more rows than many a backward has programs
         Case("rows_over_programs", M=300, N=20),
         Case("one_column_over_a_tile", M=3, N=257),
         Case("offset_64", M=7, N=96, values={"x": offset_64}),
@@ -32,6 +49,8 @@ LAYER_NORM = row(
         Case("no_rows", M=0, N=16, tags=("degenerate", "full")),
         Case("tiny", M=5, N=40, values={"x": tiny}),
         Case("negative", M=5, N=40, values={"x": all_negative}),
+        *_borders(),
+        *_compiled(),
         Case("gpt2_width", M=32768, N=768, tags=("aot", *FAMILY)),
         Case("gpt2_xl_width", M=32768, N=1600, tags=("aot", *FAMILY)),
         Case("gpt3_6.7b_width", M=8192, N=4096, tags=LARGE),
@@ -65,7 +84,7 @@ RESIDUAL_LAYER_NORM = row(
         Case("one_row", M=1, N=64),
         Case("one_column", M=3, N=1),
         Case("many_rows", M=67, N=33),
-        # more rows than the backward has programs
+        # more rows than many a backward has programs
         Case("rows_over_programs", M=300, N=20),
         Case("one_column_below_a_tile", M=3, N=255),
         Case("one_column_over_a_tile", M=3, N=257),
@@ -86,6 +105,8 @@ RESIDUAL_LAYER_NORM = row(
         Case("eps", M=4, N=20, eps=0.5),
         Case("rank_three", B=3, T=5, N=20, shapes=dict.fromkeys("xryh", "B T N")),
         Case("no_rows", M=0, N=16, tags=("degenerate", "full")),
+        *_borders(),
+        *_compiled(),
         Case("gpt2_width", M=32768, N=768, tags=("aot", *FAMILY)),
         Case("gpt2_xl_width", M=32768, N=1600, tags=("aot", *FAMILY)),
         Case("gpt3_6.7b_width", M=8192, N=4096, tags=LARGE),
@@ -100,6 +121,5 @@ RESIDUAL_LAYER_NORM = row(
         Wrong("w_length", "w must have shape", shapes={"w": (76,)}),
         Wrong("b_length", "b must have shape", shapes={"b": (78,)}),
     ),
-    kernel="not yet: the model adds and normalises in two steps",
     sampled=residual_layer_norm_parts,
 )
