@@ -26,22 +26,38 @@ from ._layer_norm import expect_row, fake_statistics, launchers, normalised
 _OP = "residual_layer_norm"
 
 
+def _rows(x):
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _forward(x, r, w, b, eps):
+    """-> y and h in x's shape, mean, rstd."""
+    y, h, mean, rstd = launchers.forward(_OP, _rows(x), _rows(r), w, b, eps)
+    return y.view(x.shape), h.view(x.shape), mean, rstd
+
+
+def _backward(dy, dh, h, w, mean, rstd):
+    """-> dx in h's shape, dw, db."""
+    dx, dw, db = launchers.backward(_OP, _rows(dy), _rows(dh), _rows(h), w, mean, rstd)
+    return dx.view(h.shape), dw, db
+
+
 def _launch_all(x, r, w, b, eps=1e-5):
     """One forward and backward call straight through the launchers, to be compiled."""
-    y, h, mean, rstd = launchers.forward(_OP, x, r, w, b, eps)
-    return y, launchers.backward(_OP, y, h, h, w, mean, rstd)
+    y, h, mean, rstd = _forward(x, r, w, b, eps)
+    return y, _backward(y, h, h, w, mean, rstd)
 
 
 @torch.library.custom_op("gaugeblock::residual_layer_norm_fwd", mutates_args=())
 def _fwd_op(
     x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, b: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launchers.forward(_OP, x, r, w, b, eps)
+    return _forward(x, r, w, b, eps)
 
 
 @_fwd_op.register_fake
 def _(x, r, w, b, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape), *fake_statistics(x)
+    return x.new_empty(x.shape), x.new_empty(x.shape), *fake_statistics(_rows(x))
 
 
 @torch.library.custom_op("gaugeblock::residual_layer_norm_bwd", mutates_args=())
@@ -49,7 +65,7 @@ def _bwd_op(
     dy: torch.Tensor, dh: torch.Tensor | None, h: torch.Tensor, w: torch.Tensor,
     mean: torch.Tensor, rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return launchers.backward(_OP, dy, dh, h, w, mean, rstd)
+    return _backward(dy, dh, h, w, mean, rstd)
 
 
 @_bwd_op.register_fake
@@ -95,6 +111,7 @@ def residual_layer_norm(x, r, w, b, eps=1e-5, *, impl="auto"):
     if resolve(_OP, impl, x) == "eager":
         return _eager(x, r, w, b, eps)
     expect_row(_OP, x)
-    N = x.shape[-1]
-    y, h, _, _ = _fwd_op(x.reshape(-1, N), r.reshape(-1, N), w.contiguous(), b.contiguous(), eps)
-    return y.view(x.shape), h.view(x.shape)
+    # rows are flattened inside: torch takes views of one gradient for tensors of their own, and
+    # two leaves would accumulate into the same memory
+    y, h, _, _ = _fwd_op(x, r, w.contiguous(), b.contiguous(), eps)
+    return y, h

@@ -16,7 +16,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 # what one program may have; chips without rows use sm_80's, the smallest of them has 99 KiB
 _SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10}
 # elements of a tile in one thread: more do not fit in its registers, fewer leave memory idle
-_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = (8, 16, 32, 64), (8, 16, 32)
+_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = (16, 32, 64), (16, 32)
 # of tables that have two gradients in and two terms, three tensors are in flight
 _MOST_TENSORS = 3
 _TIMED_ELEMENTS = 2**25
@@ -43,22 +43,24 @@ def _dx(row):
         yield from _looped()
         return
     for BLOCK_M, warps in _whole_rows(row["width"], _BACKWARD_ELEMENTS):
-        for stages in (1, 2, 3, 4):
+        for stages in (1, 2, 3):
             # sixteen warps at most: each has a hundred registers a thread and more
-            for programs in {1, 2, 3, 4, 8} & set(range(1, 16 // warps + 1)):
+            for programs in sorted({8 // warps, 16 // warps} - {0}):
                 yield BLOCK_M, row["width"], warps, stages, programs * chip
 
 
 def _columns(row):
     chip = MULTIPROCESSORS[row["architecture"]]
     for BLOCK_M, BLOCK_N, warps in ((16, 256, 4), (32, 128, 4), (16, 512, 8), (32, 64, 2)):
-        for stages in (1, 2, 3, 4):
+        for stages in (1, 2, 3):
             for programs in (2, 4, 8):
                 yield BLOCK_M, BLOCK_N, warps, stages, programs * chip
 
 
 def _dwdb(row):
-    for BLOCK_M, BLOCK_N in ((64, 8), (64, 16), (128, 8), (128, 16), (256, 8), (256, 16), (64, 32)):
+    few = ((16, 64), (16, 128), (16, 256), (32, 128))
+    many = ((64, 8), (64, 16), (128, 8), (128, 16), (256, 8), (256, 16), (64, 32))
+    for BLOCK_M, BLOCK_N in few if row["width"] > 8192 else many:
         for warps in (4, 8):
             yield BLOCK_M, BLOCK_N, warps, 1, None
 
@@ -120,13 +122,17 @@ def make_problem(op, row, dtype, device, candidate):
 
 def _shape(row, candidate):
     """M, N: three quarters of the class where it is timed, as 768 is of 1,024."""
-    N = {"columns": 12_288, "dwdb": 768}.get(row["kernel"], 3 * row["width"] // 4)
+    N = 3 * row["width"] // 4
+    if row["kernel"] in ("columns", "dwdb"):
+        # widths of models
+        N = 768 if row["width"] <= 8192 else 12_288
     if candidate is None:
         return _TIMED_ELEMENTS // N, N
     # ragged tiles whose rows are still in steps of 16 bytes, as where it is timed; every program
     # that walks rows has some to walk
     own, programs = candidate["BLOCK_M"], candidate["PROGRAMS"] or 1
     if row["kernel"] == "dwdb":
+        # so many partial sums, or few where rows are wide
         own, programs = 2, 300
     elif row["kernel"] == "columns":
         programs = programs // -(-N // candidate["BLOCK_N"]) + 1
