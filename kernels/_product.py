@@ -181,9 +181,7 @@ def _product_kernel(
 ):  # fmt: skip
     """Each split of each tile; the splits of one tile are far apart, those of a row near."""
     if PERSISTENT:
-        for index in tl.range(
-            tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=True
-        ):
+        for index in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=True):
             _tile(
                 index, a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
                 stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm,
