@@ -121,15 +121,22 @@ def _finish(
 def _tile(
     index, a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
     stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, part,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    split = index // tiles
-    block_m, block_n = _locate(index % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    low, high = 0, K
+    if SPLIT:
+        split = index // tiles
+        index = index % tiles
+        low = (split.to(tl.int64) * part).to(tl.int32)
+        high = tl.minimum(low + part, K)
+        # c holds the splits' parts, one (M, N) after the other, and sums theirs
+        c_ptr += split.to(tl.int64) * M * N
+        if sums_ptr is not None:
+            sums_ptr += split.to(tl.int64) * N
+    block_m, block_n = _locate(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
-    low = split * part
-    high = tl.minimum(low + part, K)
     if sums_ptr is not None:
         if block_m == 0:
             acc, sums = _walk(
@@ -137,8 +144,7 @@ def _tile(
                 low, high, True, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
             )  # fmt: skip
             offs_n = first_n + tl.arange(0, BLOCK_N)
-            sums_ptrs = sums_ptr + split.to(tl.int64) * N + offs_n
-            tl.store(sums_ptrs, cast(sums, sums_ptr.dtype.element_ty), mask=offs_n < N)
+            tl.store(sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=offs_n < N)
         else:
             acc, _ = _walk(
                 a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
@@ -149,8 +155,6 @@ def _tile(
             a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
             low, high, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
         )  # fmt: skip
-    # with splits c holds their parts, one (M, N) after the other
-    c_ptr += split.to(tl.int64) * M * N
     if BLOCK_N == 256:
         # by halves, so that what the epilogue needs beside the tile fits in the registers
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -173,26 +177,26 @@ def _tile(
 @triton.jit
 def _product_kernel(
     a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, splits, part,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, part,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
     A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Each split of each tile; the splits of one tile are far apart, those of a row near."""
     if PERSISTENT:
-        for index in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=True):
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(
                 index, a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
                 stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm,
-                M, N, K, tiles, part, EPILOGUE, ACTIVATION, TMA, A_TURNED, B_TURNED,
+                M, N, K, tiles, part, EPILOGUE, ACTIVATION, SPLIT, TMA, A_TURNED, B_TURNED,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, ACC,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
             stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm,
-            M, N, K, tiles, part, EPILOGUE, ACTIVATION, TMA, A_TURNED, B_TURNED,
+            M, N, K, tiles, part, EPILOGUE, ACTIVATION, SPLIT, TMA, A_TURNED, B_TURNED,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, ACC,
         )  # fmt: skip
 
@@ -269,8 +273,8 @@ def product(
     launch(
         _product_kernel, programs,
         a_read, b_read, *target[:5], *a.stride(), *b.stride(), *target[5:],
-        M, N, K, tiles, splits, part,
-        **options, **(finish if splits == 1 else _UNFINISHED), GROUP_M=_GROUP_M,
+        M, N, K, tiles, part,
+        **options, **(finish if splits == 1 else _UNFINISHED), SPLIT=splits > 1, GROUP_M=_GROUP_M,
         ACC=tl_accumulator(a.dtype),
     )  # fmt: skip
     if splits > 1:
@@ -302,8 +306,8 @@ def configuration(kernel, M, N, K, dtype, rows=None):
     tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
     steps = triton.cdiv(K, options["BLOCK_K"])
     splits, steps = splitting(tiles, steps, options["BLOCK_M"] <= FEW_ROWS, chip)
-    # the loops over tiles and steps become one, which must not be empty
-    options["PERSISTENT"] = options["PERSISTENT"] and K > 0
+    # where a tile has bounds of its own, the loops over tiles and steps do not become one
+    options["PERSISTENT"] = options["PERSISTENT"] and splits == 1
     return options, splits, steps * options["BLOCK_K"]
 
 
