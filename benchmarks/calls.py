@@ -75,7 +75,8 @@ class Contender:
     """
 
     def __init__(self, name, fn, sets, direction):
-        self.name, self.fn, self.sets, self.direction = name, fn, sets, direction
+        self.name, self.sets, self.direction = name, sets, direction
+        self.fn = sets.op.called(fn)
         self.graphs, self.results = [], []
         self.graph = False
         if sets.device == "cpu":

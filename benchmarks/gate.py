@@ -103,7 +103,10 @@ def sibling(op, case):
 def _resized(op, case, smaller):
     while smaller:
         settings = {**case.settings, **smaller}
-        found = Case(case.name, tags=case.tags, values=case.values, shapes=case.shapes, **settings)
+        found = Case(
+            case.name, tags=case.tags, values=case.values, shapes=case.shapes,
+            keywords=case.keywords, **settings,
+        )  # fmt: skip
         try:
             op.draw(found, np.random.default_rng(0), lambda name, shape, scale: np.zeros(shape))
         except ValueError:

@@ -7,11 +7,11 @@ Shapes: a (M, K), b (K, N) of any strides; c and add (M, N) with contiguous rows
 (N,); z (M, N) contiguous. c and add may be float32 beside 16-bit operands, and the same tensor:
 then the product is added in place.
 Algorithm: tiles of c in groups of rows, whose operands stay in the L2 cache. Where c has too few
-tiles for the chip, their contraction is split: the parts go to a workspace, and a second kernel adds
-them in order and applies the epilogue. How many splits there are is a pure function of the shape and
-architecture, so the bits are the same in every run. A persistent kernel (one program for each
-multiprocessor) loads the next tile while the last one is stored. On Hopper the tiles come by TMA
-descriptors where address and strides are multiples of 16 bytes, either dimension contiguous.
+tiles for the chip, their contraction is split: the parts go to a workspace, and a second kernel
+adds them in order and applies the epilogue. How many splits there are is a pure function of the
+shape and architecture, so the bits are the same in every run. A persistent kernel (one program for
+each multiprocessor) loads the next tile while the last one is stored. On Hopper the tiles come by
+TMA descriptors where addresses and strides are multiples of 16 bytes, either dimension contiguous.
 The column sums of b are taken by the first row of tiles, which passes over all of b anyway.
 dtypes: float16, bfloat16, float32 (IEEE products, not TF32), float64.
 """
@@ -121,10 +121,11 @@ def _finish(
 def _tile(
     index, a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
     stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, part,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr,
-    B_TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, ACC: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """One split of one tile of c."""
     low, high = 0, K
     if SPLIT:
         split = index // tiles
@@ -178,8 +179,8 @@ def _tile(
 def _product_kernel(
     a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
     stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, part,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
-    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    PERSISTENT: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -313,12 +314,14 @@ def configuration(kernel, M, N, K, dtype, rows=None):
 
 def shape_class(kernel, M, N, dtype, chip):
     """What the table calls the shape: "few" rows, or "some" or "many" large tiles."""
-    if kernel == "sums" or dtype.itemsize != 2:
-        return "few" if M <= FEW_ROWS and kernel != "sums" else "many"
+    if kernel == "sums":
+        # splits make up for few tiles
+        return "many"
     if M <= FEW_ROWS:
         return "few"
-    # with fewer, the last round of tiles leaves much of the chip idle
-    return "many" if M * N >= 4 * _MULTIPROCESSORS[chip] * 128 * 256 else "some"
+    # with fewer, the last round of tiles would leave much of the chip idle
+    several = 4 * 128 * 256 * _MULTIPROCESSORS[chip]
+    return "some" if several > M * N and dtype.itemsize == 2 else "many"
 
 
 def splitting(tiles, steps, few, chip):

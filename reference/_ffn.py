@@ -1,14 +1,14 @@
 """Position-wise feed-forward network.
 
-    z = x w1 + b1,   a = f(z),   y = a w2 + b2
-    da = dy w2ᵀ,   dz = da ⊙ f'(z),   dx = dz w1ᵀ
+    z = x w1 + b1,   a = f(z),   y = a w2 + b2 (+ residual)
+    da = dy w2ᵀ,   dz = da ⊙ f'(z),   dx = dz w1ᵀ,   dresidual = dy
     dw1 = xᵀ dz,   db1 = Σ dz,   dw2 = aᵀ dy,   db2 = Σ dy
 
     gelu:       f(z) = z·Φ(z)
     gelu_tanh:  f(z) = z/2·(1 + tanh(√(2/π)·(z + 0.044715 z³)))
     relu:       f(z) = max(z, 0), with gradient 0 at 0
 
-Shapes: x, y (..., C); w1 (C, F); b1 (F,); w2 (F, C); b2 (C,). dtype float64.
+Shapes: x, y (..., C); w1 (C, F); b1 (F,); w2 (F, C); b2 (C,); residual like x. dtype float64.
 Source: Vaswani et al. 2017, section 3.3; Hendrycks and Gimpel 2016, arXiv:1606.08415.
 """
 
@@ -23,9 +23,9 @@ from ._rounding import floats, stored
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
 
-def ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
-    """y = f(x w1 + b1) w2 + b2  ->  y, cache."""
-    x, w1, b1, w2, b2 = floats(x, w1, b1, w2, b2)
+def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, residual=None):
+    """y = f(x w1 + b1) w2 + b2 (+ residual)  ->  y, cache."""
+    x, w1, b1, w2, b2, residual = floats(x, w1, b1, w2, b2, residual)
     expect_choice("ffn", "activation", activation, ACTIVATIONS)
     expect_shape("ffn", "w1", w1, "(C, F)", (x.shape[-1], None))
     C, F = w1.shape
@@ -33,7 +33,11 @@ def ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
     expect_shape("ffn", "w2", w2, "(F, C)", (F, C))
     expect_shape("ffn", "b2", b2, "(C,)", (C,))
     z, a = hidden(x, w1, b1, activation)
-    return a @ w2 + b2, (x, w1, w2, z, a, activation)
+    y = a @ w2 + b2
+    if residual is not None:
+        expect_shape("ffn", "residual", residual, "x's shape", x.shape)
+        y = stored(y) + residual
+    return y, (x, w1, w2, z, a, activation, residual is not None)
 
 
 def hidden(x, w1, b1, activation):
@@ -43,14 +47,15 @@ def hidden(x, w1, b1, activation):
 
 
 def ffn_backward(dy, cache):
-    """-> dx, dw1, db1, dw2, db2."""
-    x, w1, w2, z, a, activation = cache
+    """-> dx, dw1, db1, dw2, db2, dresidual (None where residual was absent)."""
+    x, w1, w2, z, a, activation, added = cache
     dy = floats(dy)
     dz = hidden_gradient(dy, w2, z, activation)
+    dresidual = dy if added else None
     x, z, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, z, a, dy))
     dx = (dz @ w1.T).reshape((*dz.shape[:-1], w1.shape[0]))
     dz = dz.reshape(z.shape)
-    return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0)
+    return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0), dresidual
 
 
 def hidden_gradient(dy, w2, z, activation):

@@ -42,7 +42,7 @@ SMOOTH = [p for p in POINTS if p.values[1].name != "relu_at_zero"]
 def test_gradients_agree_with_central_differences(op, case):
     inputs, options, dys, rng = drawn(op, case)
     _, gradients = evaluate(op, inputs, options, dys)
-    directions = {n: rng.standard_normal(inputs[n].shape) for n in op.floating()}
+    directions = {n: rng.standard_normal(inputs[n].shape) for n in op.differentiable(inputs)}
     # what nobody reads stays what it is: inf − inf is NaN
     directions = {n: np.where(np.isfinite(inputs[n]), d, 0.0) for n, d in directions.items()}
 
@@ -112,9 +112,9 @@ def torch_attention(q, k, v, scale=None, dropout=0.0, seed=0, return_lse=False, 
     return o, torch.where(rows[..., 0], s.logsumexp(-1), -math.inf)
 
 
-def torch_ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
+def torch_ffn(x, w1, b1, w2, b2, activation="gelu_tanh", residual=0.0):
     act = {"gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
-    return act.get(activation, F.relu)(x @ w1 + b1) @ w2 + b2
+    return act.get(activation, F.relu)(x @ w1 + b1) @ w2 + b2 + residual
 
 
 TORCH = {
@@ -134,8 +134,8 @@ def test_agrees_with_torch_in_float64(op, case):
     inputs, options, dys, _ = drawn(op, case)
     outputs, gradients = evaluate(op, inputs, options, dys)
     tensors = {n: torch.from_numpy(np.array(x)) for n, x in inputs.items()}
-    floating = [tensors[n].requires_grad_() for n in op.floating()]
-    theirs = TORCH[op.name](*tensors.values(), **options)
+    floating = [tensors[n].requires_grad_() for n in op.differentiable(inputs)]
+    theirs = op.called(TORCH[op.name])(*tensors.values(), **options)
     theirs = theirs if isinstance(theirs, tuple) else (theirs,)
     seeds = [torch.from_numpy(np.array(dy)) for dy in dys]
     their_gradients = torch.autograd.grad(theirs, floating, seeds)
@@ -143,7 +143,7 @@ def test_agrees_with_torch_in_float64(op, case):
     assert len(pairs) == len(outputs) + len(floating)
     pairs = [(ours, want.detach().numpy()) for ours, want in pairs]
     # float64 rounding of the largest terms that are added, amplified by logits of a few hundred
-    terms = [x for _, x in pairs] + [inputs[n] for n in op.floating()]
+    terms = [x for _, x in pairs] + [inputs[n] for n in op.differentiable(inputs)]
     atol = 1e-12 * max(np.abs(x[np.isfinite(x)]).max(initial=0) for x in terms)
     for ours, want in pairs:
         np.testing.assert_allclose(ours, want, rtol=1e-11, atol=atol)

@@ -58,7 +58,7 @@ class Provider:
         """Why this provider is not asked for a case, or None."""
         if op.name not in self.ops:
             return f"has no {op.name}"
-        undeclared = set(op.options(case)) - _declared(self.ops[op.name])
+        undeclared = {*op.options(case), *case.keywords} - _declared(self.ops[op.name])
         if undeclared:
             return f"does not take {', '.join(sorted(undeclared))}"
         return self.limits(op, case, dtype, direction)

@@ -93,13 +93,15 @@ class Checker:
             if layout not in LAYOUTS:
                 known = ", ".join(LAYOUTS)
                 raise ValueError(f"check: layout must be one of {known}, got {layout!r}")
-        self.adapter = adapter(framework, device, backward if self.op.differentiable() else False)
+        own = self.op.called(backward, before=1) if callable(backward) else backward
+        self.adapter = adapter(framework, device, own if self.op.differentiable() else False)
         self.adapter.watch = watch
         self.not_checked = list(self.adapter.not_checked if memory else ())
         self.units = []
         self._expectation = None
         for case in self.op.select(cases, expression):
-            undeclared = _OPTIONAL & set(self.op.options(case)) - declared(fn)
+            optional = _OPTIONAL & set(self.op.options(case)) | set(case.keywords)
+            undeclared = optional - declared(fn, optional)
             if undeclared:
                 names = ", ".join(sorted(undeclared))
                 self.not_checked.append(f"{case.name}: the candidate does not declare {names}")
@@ -222,14 +224,14 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def declared(fn):
-    """The parameters of a function; `_OPTIONAL` whole where it takes any or cannot be asked."""
+def declared(fn, asked):
+    """The parameters of a function; all that are asked where it takes any or cannot be asked."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
-        return _OPTIONAL
+        return asked
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return _OPTIONAL
+        return asked
     return {p.name for p in parameters}
 
 

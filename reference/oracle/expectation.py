@@ -141,7 +141,7 @@ class Expectation:
     def vanishes(self):
         """Whether the dtype is too narrow for the case: an input's values all round to 0."""
         drawn = self.op.draw(self.case, np.random.default_rng(0))
-        arrays = [drawn[n] for n in self.op.floating() if drawn[n] is not None]
+        arrays = [drawn[n] for n in self.op.floating() if drawn.get(n) is not None]
         nonzero = [x for x in arrays if x.any()]
         return not all(saturated(x, self.storage).any() for x in nonzero)
 
@@ -177,11 +177,10 @@ class Expectation:
             gradients=self.op.differentiable(content.inputs), updates=self.op.updates,
         )  # fmt: skip
 
-    @staticmethod
-    def call(session, fn):
+    def call(self, session, fn):
         """([Answer], [Answer]), or (kind, message) where the candidate gave none."""
         try:
-            return session.run(fn)
+            return session.run(self.op.called(fn))
         except WrongForm as error:
             return "form", str(error)
         except TimeoutError as error:

@@ -16,12 +16,15 @@ class Input:
 
     grad:  whether it has a gradient.
     dtype: its dtype where that is not the one which is checked.
+    keyword: passed by its name, and only in the cases that give it (`Case.keywords`); a candidate
+           that does not declare it is not checked on those. An op may have one, its last input.
     """
 
     shape: str
     fan_in: str | None = None
     grad: bool = True
     dtype: str | None = None
+    keyword: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,13 @@ class Case:
     values: {name of an input or "d" + output: function(array, dims, rng) -> array} where normal
             values do not do; None leaves an optional input out.
     shapes: {input or output: shape string} where this case has another rank.
+    keywords: the keyword inputs that it gives.
     """
 
-    def __init__(self, name, *, tags=(), values=None, shapes=None, **settings):
+    def __init__(self, name, *, tags=(), values=None, shapes=None, keywords=(), **settings):
         self.name = name
         self.shapes = dict(shapes or {})
+        self.keywords = tuple(keywords)
         self.tags = frozenset(tags)
         self.values = dict(values or {})
         self.settings = settings
@@ -119,6 +124,11 @@ class Op:
         names = [case.name for case in self.cases]
         if len(set(names)) < len(names):
             raise ValueError(f"Op {self.name}: case names must be unique, got {', '.join(names)}")
+        keywords = [name for name in list(self.inputs)[:-1] if self._is_keyword(name)]
+        if keywords:
+            raise ValueError(
+                f"Op {self.name}: a keyword input must be the last, {keywords[0]} is not"
+            )
 
     @property
     def supported(self):
@@ -158,10 +168,30 @@ class Op:
         """The names of the floating inputs."""
         return [name for name, spec in self.inputs.items() if isinstance(spec, Input)]
 
+    def _is_keyword(self, name):
+        return getattr(self.inputs[name], "keyword", False)
+
+    def given(self, case):
+        """The names of the inputs of a case: all but the keyword inputs that it does not give."""
+        return [n for n in self.inputs if n in case.keywords or not self._is_keyword(n)]
+
+    def called(self, fn, before=0):
+        """fn as it is called with all inputs by position, after `before` other arguments."""
+        if not any(map(self._is_keyword, self.inputs)):
+            return fn
+
+        def call(*arguments, **options):
+            first, inputs = arguments[:before], list(zip(self.inputs, arguments[before:]))
+            named = {n: x for n, x in inputs if self._is_keyword(n) and x is not None}
+            others = (x for n, x in inputs if not self._is_keyword(n))
+            return fn(*first, *others, **named, **options)
+
+        return call
+
     def differentiable(self, given=None):
         """The names of the inputs that have gradients; of those that are given, if told."""
         names = [name for name in self.floating() if self.inputs[name].grad]
-        return names if given is None else [name for name in names if given[name] is not None]
+        return names if given is None else [n for n in names if given.get(n) is not None]
 
     def draw(self, case, rng, normal=None):
         """Inputs of a case, {name: float64 or int64 array}.
@@ -170,7 +200,8 @@ class Op:
         """
         dims = self.dims(case)
         drawn = {}
-        for name, spec in self.inputs.items():
+        for name in self.given(case):
+            spec = self.inputs[name]
             shape = self.shape(self.spec(case, name), dims)
             if isinstance(spec, Index):
                 drawn[name] = rng.integers(0, max(dims[spec.below], 1), shape, dtype=spec.dtype)
@@ -213,7 +244,7 @@ class Op:
 
     def _words(self, case):
         options = self.options(case)
-        words = {case.name, *case.tags, *(k for k, v in options.items() if v)}
+        words = {case.name, *case.tags, *case.keywords, *(k for k, v in options.items() if v)}
         return words | {v for v in options.values() if isinstance(v, str)}
 
     def flop_count(self, case, direction="fwd"):
@@ -235,9 +266,11 @@ class Op:
                 for name in names
             )
 
+        given = self.given(case)
         if direction == "fwd":
-            return size(self.inputs), size(self.outputs)
-        return size(self.inputs) + size(self.outputs), size(self.differentiable())
+            return size(given), size(self.outputs)
+        gradients = [name for name in self.differentiable() if name in given]
+        return size(given) + size(self.outputs), size(gradients)
 
     def byte_count(self, case, itemsize, direction="fwd"):
         """All compulsory traffic of one call in bytes."""

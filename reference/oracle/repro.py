@@ -30,7 +30,7 @@ import numpy as np
 CANDIDATE, BACKWARD = {candidate!r}, {backward!r}
 DTYPE, DEVICE, LAYOUT = {dtype!r}, {device!r}, {layout!r}
 OPTIONS = {options!r}
-INPUTS = {names!r}
+INPUTS, KEYWORDS = {names!r}, {keywords!r}
 GRADIENTS = {gradients!r}
 OUTPUT = {output!r}
 UPDATES = {updates!r}
@@ -49,6 +49,11 @@ def load(name):
     for part in attribute.split("."):
         found = getattr(found, part)
     return found
+
+
+def call(fn, *first):
+    by_position = [x for n, x in inputs.items() if n not in KEYWORDS]
+    return fn(*first, *by_position, **{{n: inputs[n] for n in KEYWORDS}}, **options)
 
 
 {call}
@@ -119,7 +124,7 @@ options = {
 leaves = [inputs[n] for n in GRADIENTS]
 for leaf in leaves:
     leaf.requires_grad_(OUTPUT[:1] == "d" and BACKWARD is None)
-y = load(CANDIDATE)(*inputs.values(), **options)
+y = call(load(CANDIDATE))
 ys = tuple(inputs[n] for n in UPDATES) if y is None else y if isinstance(y, tuple) else (y,)
 if OUTPUT in {OUTPUTS}:
     result = ys[{OUTPUTS}.index(OUTPUT)]
@@ -129,7 +134,7 @@ else:
         dys = [dy.flatten()[0].expand(dy.shape) for dy in dys]
     if BACKWARD:
         with torch.no_grad():
-            grads = load(BACKWARD)(dys[0] if len(dys) == 1 else dys, *inputs.values(), **options)
+            grads = call(load(BACKWARD), dys[0] if len(dys) == 1 else dys)
         grads = grads if isinstance(grads, tuple) else (grads,)
     else:
         ways = [(y, dy) for y, dy in zip(ys, dys) if y.requires_grad]
@@ -151,13 +156,13 @@ inputs = {
     if data[n].dtype.kind == "f" else data[n] for n in INPUTS
 }
 options = {k: np.array(v, np.int32) if isinstance(v, tuple) else v for k, v in OPTIONS.items()}
-y = load(CANDIDATE)(*inputs.values(), **options)
+y = call(load(CANDIDATE))
 ys = tuple(inputs[n] for n in UPDATES) if y is None else y if isinstance(y, tuple) else (y,)
 if OUTPUT in {OUTPUTS}:
     result = ys[{OUTPUTS}.index(OUTPUT)]
 else:
     dys = [data[f"dy{i}"].astype(y.dtype) for i, y in enumerate(ys)]
-    grads = load(BACKWARD)(dys[0] if len(dys) == 1 else tuple(dys), *inputs.values(), **options)
+    grads = call(load(BACKWARD), dys[0] if len(dys) == 1 else tuple(dys))
     grads = grads if isinstance(grads, tuple) else (grads,)
     result = grads[GRADIENTS.index(OUTPUT[1:])]
 got = np.asarray(result, np.float64)"""
@@ -172,7 +177,7 @@ def write_repro(folder, op, result, candidate, *, framework="torch", device="cpu
     case = next(c for c in op.cases if c.name == result.case)
     if result.smallest:
         case = Case(case.name, tags=case.tags, values=case.values, shapes=case.shapes,
-                    **result.smallest)  # fmt: skip
+                    keywords=case.keywords, **result.smallest)  # fmt: skip
     expectation = Expectation(op, case, result.dtype, seed, backward is not False)
     content = expectation.content(result.layout)
     output = result.output
@@ -215,7 +220,8 @@ def write_repro(folder, op, result, candidate, *, framework="torch", device="cpu
         device=str(device),
         layout=result.layout,
         options=expectation.options,
-        names=list(op.inputs),
+        names=op.given(case),
+        keywords=list(case.keywords),
         gradients=op.differentiable(content.inputs),
         output=output,
         updates=list(op.updates.values()),

@@ -75,4 +75,7 @@ def _resized(op, case, sizes):
         settings[name] = (
             value[: sizes.get("B", len(value))] if len(value) == dims.get("B") else value
         )
-    return Case(case.name, tags=case.tags, values=case.values, shapes=case.shapes, **settings)
+    return Case(
+        case.name, tags=case.tags, values=case.values, shapes=case.shapes, keywords=case.keywords,
+        **settings,
+    )  # fmt: skip

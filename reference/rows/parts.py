@@ -141,8 +141,9 @@ def linear_parts(inputs, options, dys, rng):
 
 def ffn_parts(inputs, options, dys, rng):
     """The parts of `ffn`: rows of y and dx; columns of dw1, db1 and db2, and rows of dw2."""
-    x, w1, b1, w2, b2 = inputs.values()
+    x, w1, b1, w2, b2, *residual = inputs.values()
     x, (C, F) = _flat(x), w1.shape
+    residual = _flat(residual[0]) if residual else None
     activation = options.get("activation", "gelu_tanh")
     rows, units = _some_rows(len(x), F, rng), spread(F, _COLUMNS, rng)
     columns = spread(C, _COLUMNS, rng)
@@ -153,6 +154,10 @@ def ffn_parts(inputs, options, dys, rng):
         wide1, wide2 = take(w1), take(w2)
         z, a = hidden(take(x[rows]), wide1, take(b1), activation)
         found = {"y": a @ wide2 + take(b2)}
+        if residual is not None:
+            found["y"] = stored(found["y"]) + take(residual[rows])
+        if dy is not None and residual is not None:
+            found["dresidual"] = take(dy[rows])
         if dy is not None:
             found["dx"] = hidden_gradient(take(dy[rows]), wide2, z, activation) @ wide1.T
         return found
@@ -169,7 +174,8 @@ def ffn_parts(inputs, options, dys, rng):
         biases = {"db1": take(_joined(dzs)["dz"]).sum(0), "db2": take(dy[:, columns]).sum(0)}
         return _added(found) | biases
 
-    of_rows = dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows))
+    names = ["y", "dx", *(["dresidual"] if residual is not None else [])]
+    of_rows = dict.fromkeys(names[:1] if dy is None else names, Take(rows))
     parts = [Part(of_rows, at_rows, runs=runs_for(len(rows) * w1.size))]
     if dy is not None:
         one = np.array([0])

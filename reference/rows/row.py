@@ -18,13 +18,14 @@ def row(name, inputs, cases, **rest):
     forward, backward = getattr(module, name), getattr(module, f"{name}_backward", None)
 
     def gradients(dy, *arrays, **options):
-        return backward(dy, forward(*arrays, **options)[1])
+        return backward(dy, op.called(forward)(*arrays, **options)[1])
 
-    return Op(
+    op = Op(
         name,
-        lambda *arrays, **options: forward(*arrays, **options)[0],
+        lambda *arrays, **options: op.called(forward)(*arrays, **options)[0],
         inputs,
         cases,
         backward=gradients if backward else None,
         **rest,
     )
+    return op
