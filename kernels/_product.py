@@ -30,6 +30,8 @@ FEW_ROWS = 16
 # multiprocessors that splits are chosen for
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 _MOST_SPLITS = 16
+# how much longer half a tile takes than half of the time of a whole one
+_SMALLER_TILES = 1.45
 _GROUP_M = 8
 LAUNCH = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "TMA", "PERSISTENT")
 _UNFINISHED = {"EPILOGUE": "none", "ACTIVATION": "none"}
@@ -252,9 +254,15 @@ def product(
         # no tile passes over b
         sums.copy_(b.sum(0, dtype=accumulator(b.dtype)))
     kernel = "sums" if sums is not None else "plain" if epilogue == "none" else "fused"
-    options, splits, part = configuration(kernel, M, N, K, a.dtype, rows)
-    a_read, b_read, described = _operands(a, b, options)
-    options |= described
+    a_turned, b_turned = turned(a), turned(b)
+    options, splits, part = configuration(
+        kernel, M, N, K, a.dtype, described=None not in (a_turned, b_turned), rows=rows
+    )
+    a_read, b_read, options["A_TURNED"], options["B_TURNED"] = a, b, False, False
+    if options["TMA"]:
+        a_read = descriptor(a, a_turned, options["BLOCK_M"], options["BLOCK_K"])
+        b_read = descriptor(b, b_turned, options["BLOCK_K"], options["BLOCK_N"])
+        options["A_TURNED"], options["B_TURNED"] = a_turned, b_turned
     tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
     if add is not None and add.stride(-1) != 1:
         add = add.contiguous()
@@ -287,46 +295,59 @@ def product(
     return c
 
 
-def configuration(kernel, M, N, K, dtype, rows=None):
+def configuration(kernel, M, N, K, dtype, *, described=True, rows=None):
     """-> options of the launch, splits of the contraction, length of a split.
 
-    kernel: "fused" (an activation in the epilogue), "plain" or "sums". rows: the table's class of
-    shapes; by the shape where it is None.
+    kernel: "fused" (an activation in the epilogue), "plain" or "sums". described: whether
+    the operands lie as TMA wants them. rows: the table's class of shapes; by the shape where None.
     """
-    chip = architecture()
-    row = find(
-        "ffn",
-        kernel=kernel,
-        architecture=chip,
-        bits=16 if dtype.itemsize == 2 else 32,
-        rows=rows or shape_class(kernel, M, N, dtype, chip),
-    )
+    row = _row(kernel, rows or shape_class(kernel, M, N, dtype), dtype)
     options = {k: row[k] for k in LAUNCH}
+    if not described:
+        # loaded value by value, through registers
+        options |= {"TMA": False, "PERSISTENT": False}
+        options |= {"BLOCK_N": min(row["BLOCK_N"], 64), "BLOCK_K": min(row["BLOCK_K"], 32)}
     for name, size in (("BLOCK_M", M), ("BLOCK_N", N), ("BLOCK_K", K)):
-        options[name] = tile(size, row[name])
+        options[name] = tile(size, options[name])
     tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
     steps = triton.cdiv(K, options["BLOCK_K"])
-    splits, steps = splitting(tiles, steps, options["BLOCK_M"] <= FEW_ROWS, chip)
+    splits, steps = splitting(tiles, steps, options["BLOCK_M"] <= FEW_ROWS)
     # where a tile has bounds of its own, the loops over tiles and steps do not become one
     options["PERSISTENT"] = options["PERSISTENT"] and splits == 1
     return options, splits, steps * options["BLOCK_K"]
 
 
-def shape_class(kernel, M, N, dtype, chip):
+def _row(kernel, rows, dtype):
+    bits = 16 if dtype.itemsize == 2 else 32
+    return find("ffn", kernel=kernel, architecture=architecture(), bits=bits, rows=rows)
+
+
+def shape_class(kernel, M, N, dtype):
     """What the table calls the shape: "few" rows, or "some" or "many" large tiles."""
     if kernel == "sums":
         # splits make up for few tiles
         return "many"
     if M <= FEW_ROWS:
         return "few"
-    # with fewer, the last round of tiles would leave much of the chip idle
-    several = 4 * 128 * 256 * _MULTIPROCESSORS[chip]
-    return "some" if several > M * N and dtype.itemsize == 2 else "many"
+    if dtype.itemsize != 2:
+        return "many"
+
+    def longest(rows):
+        row = _row(kernel, rows, dtype)
+        tiles = triton.cdiv(M, row["BLOCK_M"]) * triton.cdiv(N, row["BLOCK_N"])
+        return triton.cdiv(tiles, _processors()) * row["BLOCK_M"] * row["BLOCK_N"]
+
+    # of smaller tiles fewer are idle in the last round, but each value is read more often
+    return "many" if longest("many") <= _SMALLER_TILES * longest("some") else "some"
 
 
-def splitting(tiles, steps, few, chip):
+def _processors():
+    return _MULTIPROCESSORS[architecture()]
+
+
+def splitting(tiles, steps, few):
     """-> (splits of a contraction of so many steps, steps of a split)."""
-    programs = _MULTIPROCESSORS[chip]
+    programs = _processors()
     most = max(min(_MOST_SPLITS, steps), 1)
     if few:
         # what counts is to have loads of weights underway everywhere: four programs together
@@ -352,34 +373,24 @@ def multiprocessors(device):
     """How many programs a persistent kernel has."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS[architecture()]
+    return _processors()
 
 
-def _operands(a, b, options):
-    """The operands as the kernel reads them, tensors or descriptors, and the flags that say so."""
-    made = [None, None]
-    if options["TMA"]:
-        made = [
-            descriptor(a, options["BLOCK_M"], options["BLOCK_K"]),
-            descriptor(b, options["BLOCK_K"], options["BLOCK_N"]),
-        ]
-    if None in made:
-        # a persistent loop hides nothing where addresses are computed in registers
-        flags = {"TMA": False, "PERSISTENT": False, "A_TURNED": False, "B_TURNED": False}
-        return a, b, flags
-    (a_desc, a_turned), (b_desc, b_turned) = made
-    return a_desc, b_desc, {"TMA": True, "A_TURNED": a_turned, "B_TURNED": b_turned}
-
-
-def descriptor(x, rows, columns):
-    """(TMA descriptor of tiles (rows, columns) of a matrix, whether of its transpose), or None.
+def turned(x):
+    """Whether a TMA descriptor must be of x's transpose; None where there can be none.
 
     The hardware wants addresses and strides in steps of 16 bytes.
     """
     step = 16 // x.element_size()
     if x.numel() == 0 or x.data_ptr() % 16:
         return None
-    for turned, y, block in ((False, x, [rows, columns]), (True, x.t(), [columns, rows])):
+    for transposed, y in ((False, x), (True, x.t())):
         if y.stride(1) == 1 and y.stride(0) >= y.shape[1] and y.stride(0) % step == 0:
-            return TensorDescriptor(y, list(y.shape), [y.stride(0), 1], block), turned
+            return transposed
     return None
+
+
+def descriptor(x, transposed, rows, columns):
+    """A TMA descriptor of tiles (rows, columns) of a matrix or, transposed, of x.t()."""
+    y, block = (x.t(), [columns, rows]) if transposed else (x, [rows, columns])
+    return TensorDescriptor(y, list(y.shape), list(y.stride()), block)
