@@ -219,10 +219,9 @@ def _product_merge_kernel(
     offs_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     mask = (offs_m < M) & mask_n[None, :]
-    ptrs = parts_ptr + offs_m * N + offs_n[None, :]
-    acc = tl.load(ptrs, mask=mask, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
-        ptrs += M.to(tl.int64) * N
+    acc = tl.load(parts_ptr + offs_m * N + offs_n[None, :], mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        ptrs = parts_ptr + (offs_m + M * split) * N + offs_n[None, :]
         acc += tl.load(ptrs, mask=mask, other=0.0)
     _finish(
         acc, first_m, first_n, c_ptr, bias_ptr, z_ptr, add_ptr, stride_cm, stride_dm, M, N,
