@@ -122,8 +122,8 @@ FFN = row(
             tags=("aot", "configuration"),
         ),
         Case(
-            "compiled_few_rows",
-            M=8,
+            "compiled_one_row",
+            M=1,
             C=768,
             F=3072,
             keywords=_RESIDUAL,
