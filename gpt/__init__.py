@@ -3,6 +3,7 @@
 from importlib import import_module
 
 _HOMES = {
+    "AdamW": "optimizer",
     "GPT": "model",
     "GPTConfig": "config",
     "KVCache": "model",

@@ -16,6 +16,7 @@ from gaugeblock import kernels
 from . import data
 from .config import GPTConfig
 from .model import GPT, torch_device, torch_dtype, written_aside
+from .optimizer import AdamW
 from .tokenizer import ByteTokenizer
 
 
@@ -85,7 +86,7 @@ def optimizer(model, config):
     """AdamW with decay on matrices and embeddings only."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {"params": matrices, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -93,6 +94,10 @@ def optimizer(model, config):
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=1e-8,
+        max_norm=config.clip,
+        # what has diverged is reported before it has spoiled anything
+        skip_nonfinite=True,
+        impl=config.impl,
     )
 
 
@@ -165,20 +170,20 @@ def _step(model, adamw, ids, config, step):
     x, y = data.batch(ids, config.block_size, config.batch_size, config.seed, step)
     _, loss = model(x.to(config.device), y.to(config.device))
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    loss = loss.item()
-    if not math.isfinite(loss + norm.item()):
+    adamw.step()
+    # asked for after the step, so that the device does not wait for the host to launch it
+    loss, norm = loss.item(), adamw.grad_norm.item()
+    if not math.isfinite(loss + norm):
         raise ValueError(
-            f"train: loss and gradient must stay finite, got {loss} and {norm.item()} at step "
+            f"train: loss and gradient must stay finite, got {loss} and {norm} at step "
             f"{step + 1}; lower --lr"
         )
-    adamw.step()
     adamw.zero_grad(set_to_none=True)
     return {
         "step": step + 1,
         "loss": loss,
         "lr": rate,
-        "grad_norm": norm.item(),
+        "grad_norm": norm,
         "seconds": time.perf_counter() - began,
     }
 

@@ -65,8 +65,9 @@ def tensors_of(name):
 
 @pytest.mark.parametrize("name", [n for n, op in CATALOG.items() if op.kernel is None])
 def test_kernels_refuse_wrong_kinds(name):
-    fn, tensors = getattr(kernels, name), tensors_of(name)
-    first, *rest = CATALOG[name].floating()
+    op, tensors = CATALOG[name], tensors_of(name)
+    fn = functools.partial(getattr(kernels, name), **op.options(op.cases[0]))
+    first, *rest = op.floating()
     with pytest.raises(TypeError, match=f"{name}: {first} must be floating point"):
         fn(*{**tensors, first: tensors[first].int()}.values())
     with pytest.raises(TypeError, match=f"{name}: {first} must be a torch tensor"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gaugeblock.gpt import GPT, GPTConfig, TrainConfig, data
+from gaugeblock.gpt import train as gpt_train
 from gaugeblock.gpt.train import learning_rate, optimizer, train
 from PIL import Image
 
@@ -104,10 +105,26 @@ def test_resume_needs_a_checkpoint_of_the_same_model(text, tmp_path):
 
 
 def test_a_run_that_diverges_stops_before_it_spoils_the_weights(text, tmp_path, monkeypatch):
-    norms = iter([torch.tensor(1.0), torch.tensor(1.0), torch.tensor(float("nan"))])
-    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *a: next(norms))
-    with pytest.raises(ValueError, match=r"must stay finite, got .* and nan at step 3"):
+    backward, seen = torch.Tensor.backward, []
+
+    def diverges(loss):
+        backward(loss)
+        seen.append(loss)
+        if len(seen) == 3:
+            held["model"].wte.weight.grad[0, 0] = float("nan")
+            held["before"] = [p.detach().clone() for p in held["model"].parameters()]
+
+    held, step = {}, gpt_train._step
+
+    def kept(model, *rest):
+        held["model"] = model
+        return step(model, *rest)
+
+    monkeypatch.setattr(torch.Tensor, "backward", diverges)
+    monkeypatch.setattr(gpt_train, "_step", kept)
+    with pytest.raises(ValueError, match=r"must stay finite, got [\d.]+ and nan at step 3"):
         train(config(text, tmp_path / "out", steps=9, checkpoint_every=1))
+    assert all(map(torch.equal, held["before"], held["model"].parameters()))
     saved = sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir())
     assert saved == ["step-000001", "step-000002"]
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -128,6 +128,5 @@ ADAMW = row(
         Wrong("eps_negative", "eps must be finite", options={"eps": -1e-8}),
         Wrong("decay_negative", "weight_decay must be finite", options={"weight_decay": -0.1}),
     ),
-    kernel="not yet: torch's AdamW serves the model",
     sampled=adamw_parts,
 )  # fmt: skip
