@@ -122,44 +122,26 @@ def adamw(
     Raises ValueError for shapes, devices or hyperparameters that do not fit, TypeError for kinds.
     """
     lists = isinstance(p, (list, tuple))
-    state = {"p": p, "g": g, "m": m, "v": v}
-    if master is not None:
-        state["master"] = master
-    if any(isinstance(x, (list, tuple)) != lists for x in state.values()):
-        raise TypeError("adamw: p, g, m, v and master must be all tensors or all lists, got both")
-    state = {name: _listed(x) for name, x in state.items()}
-    for name, x in state.items():
-        if len(x) != len(state["p"]):
-            raise ValueError(
-                f"adamw: {name} must have as many tensors as p, {len(state['p'])}, got {len(x)}"
-            )
-    for i, tensors in enumerate(zip(*state.values())):
-        _expect_tensors(dict(zip(state, tensors)), f"[{i}]" if lists else "", state["p"][0])
+    state = {"p": p, "g": g, "m": m, "v": v} | ({} if master is None else {"master": master})
+    state = _expect_state(state, lists)
+    p, g, m, v = (state[name] for name in "pgmv")
     every = _expect_hyperparameters(
-        len(state["p"]), lists, (step, lr, beta1, beta2, eps, weight_decay)
+        (step, lr, beta1, beta2, eps, weight_decay), len(p) if lists else None
     )
-    if max_norm is None and skip_nonfinite:
-        raise ValueError(
-            "adamw: skip_nonfinite must come with max_norm, got None; max_norm=math.inf clips "
-            "nothing"
-        )
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"adamw: max_norm must be > 0, got {max_norm}")
-    options = {"max_norm": max_norm, "skip_nonfinite": skip_nonfinite}
-    if not state["p"]:
+    _expect_clipping(max_norm, skip_nonfinite)
+    if not p:
         return None if max_norm is None else torch.zeros(())
-    master = state.pop("master", [])
-    first, norm = state["p"][0], None
-    if resolve("adamw", impl, first) == "eager":
-        return _eager(*state.values(), *every, master=master, **options)
-    if max_norm is not None:
-        norm = torch.empty((), dtype=accumulator(first.dtype), device=first.device)
-    has_master = [x is not None for x in master] or [False] * len(state["p"])
-    master = [x for x in master if x is not None]
-    with torch.no_grad():
-        _fwd_op(
-            *state.values(), master, has_master, norm, *every, float(max_norm or 0), skip_nonfinite
+    master = state.get("master", [None] * len(p))
+    if resolve("adamw", impl, p[0]) == "eager":
+        return _eager(
+            p, g, m, v, *every, master=master, max_norm=max_norm, skip_nonfinite=skip_nonfinite
         )
+    norm = None
+    if max_norm is not None:
+        norm = torch.empty((), dtype=accumulator(p[0].dtype), device=p[0].device)
+    masters, has_master = [x for x in master if x is not None], [x is not None for x in master]
+    with torch.no_grad():
+        _fwd_op(p, g, m, v, masters, has_master, norm, *every, float(max_norm or 0), skip_nonfinite)
     return norm
 
 
@@ -173,56 +155,72 @@ def _per_tensor(x, count):
     return list(x) if isinstance(x, (list, tuple)) else [x] * count
 
 
-def _expect_tensors(tensors, index, first):
-    """Raise unless g, m, v and master are as p, on the first one's device."""
-    p = tensors["p"]
-    for name, x in tensors.items():
-        if name == "master" and x is None:
-            continue
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"adamw: {name}{index} must be a torch tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"adamw: {name}{index} must be dense, got {x.layout}; use .to_dense()")
-        if not x.is_floating_point():
-            raise TypeError(
-                f"adamw: {name}{index} must be floating point, got {x.dtype}; convert it"
-            )
-        if name == "master":
-            if x.dtype != torch.float32 or p.dtype.itemsize != 2:
-                raise TypeError(
-                    f"adamw: master{index} must be float32 weights of 16-bit p, got {x.dtype} of "
-                    f"{p.dtype}; leave it out or convert it"
-                )
-        elif x.dtype != p.dtype and not (x.dtype == torch.float32 and p.dtype.itemsize == 2):
-            more = " or float32" if p.dtype.itemsize == 2 else ""
-            raise TypeError(
-                f"adamw: {name}{index} must have p's dtype {p.dtype}{more}, got {x.dtype}; "
-                "convert it"
-            )
-        if x.device != first.device:
-            raise ValueError(
-                f"adamw: {name}{index} must be on p's device {first.device}, got {x.device}; move it"
-            )
-        if x.shape != p.shape:
-            expect_shape("adamw", f"{name}{index}", x, "as p", tuple(p.shape))
-        if name != "g" and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
-            raise ValueError(
-                f"adamw: {name}{index} must have memory for every element, got stride 0; clone it"
-            )
+def _expect_state(state, lists):
+    """p, g, m, v and perhaps master, each as a list of tensors that fit."""
+    if any(isinstance(x, (list, tuple)) != lists for x in state.values()):
+        raise TypeError("adamw: p, g, m, v and master must be all tensors or all lists, got both")
+    state = {name: _listed(x) for name, x in state.items()}
+    count = len(state["p"])
+    for name, x in state.items():
+        if len(x) != count:
+            raise ValueError(f"adamw: {name} must have as many tensors as p, {count}, got {len(x)}")
+    for i, tensors in enumerate(zip(*state.values())):
+        index = f"[{i}]" if lists else ""
+        for name, x in zip(state, tensors):
+            if name != "master" or x is not None:
+                _expect_kind(name, index, x, tensors[0])
+                _expect_place(name, index, x, tensors[0], state["p"][0].device)
+    return state
 
 
-def _expect_hyperparameters(count, lists, values):
-    """Each of them as a list with one for every tensor."""
+def _expect_kind(name, index, x, p):
+    """Raise TypeError unless it is a dense floating tensor whose dtype goes with p's."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"adamw: {name}{index} must be a torch tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"adamw: {name}{index} must be dense, got {x.layout}; use .to_dense()")
+    if not x.is_floating_point():
+        raise TypeError(f"adamw: {name}{index} must be floating point, got {x.dtype}; convert it")
+    short = p.dtype.itemsize == 2
+    if name == "master":
+        if x.dtype != torch.float32 or not short:
+            raise TypeError(
+                f"adamw: master{index} must be float32 weights of 16-bit p, got {x.dtype} of "
+                f"{p.dtype}; leave it out or convert it"
+            )
+    elif x.dtype != p.dtype and not (short and x.dtype == torch.float32):
+        more = " or float32" if short else ""
+        raise TypeError(
+            f"adamw: {name}{index} must have p's dtype {p.dtype}{more}, got {x.dtype}; convert it"
+        )
+
+
+def _expect_place(name, index, x, p, device):
+    """Raise ValueError unless it has p's shape, the device of all, and memory that may change."""
+    if x.device != device:
+        raise ValueError(
+            f"adamw: {name}{index} must be on p's device {device}, got {x.device}; move it"
+        )
+    if x.shape != p.shape:
+        expect_shape("adamw", f"{name}{index}", x, "as p", tuple(p.shape))
+    if name != "g" and any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape)):
+        raise ValueError(
+            f"adamw: {name}{index} must have memory for every element, got stride 0; clone it"
+        )
+
+
+def _expect_hyperparameters(values, count):
+    """Each of them as a list with one for each of `count` tensors; None: a tensor alone."""
     every = []
     for name, value in zip(_HYPERPARAMETERS, values):
-        own = _per_tensor(value, count)
-        if isinstance(value, (list, tuple)) and (not lists or len(own) != count):
+        own = _per_tensor(value, count or 1)
+        if isinstance(value, (list, tuple)) and len(own) != count:
             raise ValueError(
-                f"adamw: {name} must be a number or a list with one for each tensor of a list, "
-                f"got {len(own)} for {count}"
+                f"adamw: {name} must be a number or, for lists of tensors, a list with one for "
+                f"each, got {len(own)}"
             )
         # those of a model are few: each is looked at once
-        for x in set(own) if isinstance(value, (list, tuple)) else own[:1]:
+        for x in dict.fromkeys(own):
             _expect_hyperparameter(name, x)
         every.append(own)
     return every
@@ -240,3 +238,13 @@ def _expect_hyperparameter(name, x):
             raise ValueError(f"adamw: {name} must lie in 0 … 1, 1 excluded, got {x}")
     elif not 0 <= x < math.inf:
         raise ValueError(f"adamw: {name} must be finite and at least 0, got {x}")
+
+
+def _expect_clipping(max_norm, skip_nonfinite):
+    if max_norm is None and skip_nonfinite:
+        raise ValueError(
+            "adamw: skip_nonfinite must come with max_norm, got None; max_norm=math.inf clips "
+            "nothing"
+        )
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"adamw: max_norm must be > 0, got {max_norm}")

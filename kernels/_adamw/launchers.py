@@ -175,8 +175,7 @@ def _batches(tensors, hyperparameters):
 
 
 def _laid_out_alike(tensors):
-    """The tensors, or copies of some, whose memory holds their elements without gaps, all in one
-    order."""
+    """The tensors, or copies of some: elements without gaps in memory, all in one order."""
     if all(x is None or x.is_contiguous() for x in tensors):
         return tensors
     # the strides of the first where it has no gaps, else those of a copy of it
@@ -207,7 +206,7 @@ def _tables(batch):
                 "that change, got one; capture a call for each tensor"
             )
     addresses = tuple(
-        tuple(0 if x is None else x.data_ptr() for x in tensors) + (tensors[0].numel(),)
+        (*(0 if x is None else x.data_ptr() for x in tensors), tensors[0].numel())
         for tensors in batch.tensors
     )
     return Tables(

@@ -5,8 +5,7 @@ import triton.language as tl
 
 from .._launch import cast
 
-# columns of the table of tensors: addresses of p, g, m, v and master, elements
-P, G, M, V, MASTER, SIZE = range(6)
+# of the table of tensors: addresses of p, g, m, v and master; elements
 _COLUMNS: tl.constexpr = tl.constexpr(6)
 # what a step needs of a tensor's hyperparameters: see launchers.coefficients
 _COEFFICIENTS: tl.constexpr = tl.constexpr(7)
