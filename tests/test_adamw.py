@@ -406,7 +406,7 @@ WRONG = {
         dict(m=[states((4,))[2][0], torch.zeros(1, device=DEVICE).expand(5)]), ValueError,
         r"m\[1\] must have memory for every element, got stride 0; clone it",
     ),
-    "step_tensor": (dict(step=torch.tensor(3)), TypeError, "step must be a number on the host, got"),
+    "step_tensor": (dict(step=torch.tensor(3)), TypeError, "step must be a number on the host"),
     "lr_tensor": (dict(lr=torch.tensor(0.1)), TypeError, "lr must be a number on the host, got"),
     "steps": (dict(step=[1]), ValueError, "step must be a number or, for lists of tensors, a list"),
     "one_step": (dict(step=[1, 0]), ValueError, "step must be at least 1, got 0"),
