@@ -4,7 +4,6 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -210,31 +209,32 @@ def _tables(batch):
         for tensors in batch.tensors
     )
     return Tables(
-        _numbers(addresses, np.int64, device, stream),
+        _numbers(addresses, torch.int64, device, stream),
         *(
             _chunks(batch.sizes, _chunk(batch.configuration(kernel)), device, stream)
             for kernel in ("update", "squares")
         ),
-        _numbers(tuple(batch.coefficients), np.float32, device, stream),
+        _numbers(tuple(batch.coefficients), torch.float32, device, stream),
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _numbers(rows, dtype, device, stream):
-    return _copied(np.array(rows, dtype), device)
+    return _copied(torch.tensor(rows, dtype=dtype, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=16)
 def _chunks(sizes, elements, device, stream):
     """(chunks, 2): the tensor of each chunk, and which of the tensor's it is."""
-    counts = -(-np.array(sizes, np.int64) // elements)
-    tensors = np.repeat(np.arange(len(sizes)), counts)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    return _copied(np.stack([tensors, np.arange(len(tensors)) - first], 1), device)
+    counts = (torch.tensor(sizes, device="cpu") + elements - 1) // elements
+    tensors = torch.repeat_interleave(counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return _copied(
+        torch.stack([tensors, torch.arange(len(tensors), device="cpu") - first], 1), device
+    )
 
 
-def _copied(array, device):
-    host = torch.from_numpy(array)
+def _copied(host, device):
     # from pageable memory the copy would wait for the device
     host = host.pin_memory() if device.type == "cuda" else host
     return host.to(device, non_blocking=True)
