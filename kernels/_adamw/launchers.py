@@ -5,7 +5,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from .. import _configurations
@@ -71,7 +70,8 @@ class Batch(NamedTuple):
 
     def chunks(self, kernel):
         elements = _chunk(self.configuration(kernel))
-        return sum(triton.cdiv(n, elements) for n in self.sizes)
+        # triton.cdiv takes longer than the rest of a step's launch
+        return sum(-(-n // elements) for n in self.sizes)
 
 
 def configuration(kernel, dtype):
@@ -137,18 +137,18 @@ def _types(batch):
 def _norm(batches, norm):
     """The norm of all gradients: partial sums of each batch side by side, then one program."""
     ACC = tl_accumulator(norm.dtype)
-    programs = [min(batch.chunks("squares"), SQUARES_PROGRAMS) for batch, _ in batches]
+    chunks = [batch.chunks("squares") for batch, _ in batches]
+    programs = [min(n, SQUARES_PROGRAMS) for n in chunks]
     parts = torch.empty(sum(programs), dtype=norm.dtype, device=norm.device)
-    for (batch, tables), own in zip(batches, parts.split(programs)):
+    for (batch, tables), own, n in zip(batches, parts.split(programs), chunks):
         _, g, *_ = batch.tensors[0]
-        chunks = batch.chunks("squares")
-        options = batch.configuration("squares") | dict(PROGRAMS=len(own), ACC=ACC)
+        options = batch.configuration("squares") | dict(ACC=ACC)
         if tables is None:
-            launch(_adamw_squares_kernel, len(own), g, own, g.numel(), chunks, **options)
+            launch(_adamw_squares_kernel, len(own), g, own, g.numel(), n, **options)
         else:
             launch(
                 _adamw_squares_list_kernel, len(own),
-                tables.tensors, tables.squares_chunks, own, chunks,
+                tables.tensors, tables.squares_chunks, own, n,
                 G_TYPE=_TL[g.dtype], ALIGNED=batch.aligned, **options,
             )  # fmt: skip
     launch(

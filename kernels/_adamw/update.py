@@ -164,12 +164,11 @@ def _add_squares(
 @triton.jit
 def _adamw_squares_kernel(
     g_ptr, parts_ptr, n, chunks,
-    PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_N,), ACC)
-    for i in range(0, tl.cdiv(chunks - pid, PROGRAMS)):
-        chunk = (pid + i * PROGRAMS).to(tl.int64)
+    for chunk in range(pid, chunks, tl.num_programs(0)):
         squares = _add_squares(squares, g_ptr, chunk, n, BLOCK_N, STEPS, ACC)
     tl.store(parts_ptr + pid, tl.sum(squares, 0))
 
@@ -178,12 +177,11 @@ def _adamw_squares_kernel(
 def _adamw_squares_list_kernel(
     table_ptr, chunks_ptr, parts_ptr, chunks,
     G_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    PROGRAMS: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_N,), ACC)
-    for i in range(0, tl.cdiv(chunks - pid, PROGRAMS)):
-        own = (pid + i * PROGRAMS).to(tl.int64)
+    for own in range(pid, chunks, tl.num_programs(0)):
         tensor = tl.load(chunks_ptr + 2 * own)
         chunk = tl.load(chunks_ptr + 2 * own + 1)
         g_ptr = _pointer(table_ptr, tensor, 1, G_TYPE, ALIGNED)
