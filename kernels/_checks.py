@@ -9,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 def expect_shape(op, name, tensor, rule, shape):
     """Raise ValueError unless `tensor` has `shape`; None in `shape` leaves that dimension free."""
     got = tuple(tensor.shape)
-    if len(got) != len(shape) or any(want not in (None, have) for want, have in zip(shape, got)):
+    # compared one by one: torch.compile does not find a symbolic size by `in`
+    wrong = any(want is not None and want != have for want, have in zip(shape, got))
+    if wrong or len(got) != len(shape):
         free = any(want is None for want in shape)
         want = rule if free else f"{rule} = {tuple(shape)}"
         raise ValueError(f"{op}: {name} must have shape {want}, got {got}")
