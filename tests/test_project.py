@@ -96,7 +96,7 @@ def test_every_op_is_timed_somewhere(op):
                 continue
             backward = CATALOG[op].flop_count(case, "bwd"), CATALOG[op].byte_count(case, 2, "bwd")
             assert forward[0] <= backward[0]
-            assert forward[1] < backward[1]
+            assert forward[1] <= backward[1]
 
 
 def test_flops_and_bytes_of_a_known_case():

@@ -35,6 +35,8 @@ DROPOUT = row(
     ],
     outputs={"y": "M N"},
     flops=lambda c, direction: c.M * c.N,
+    # the mask costs no memory: each direction reads a tensor and writes one
+    moves=lambda c, itemsize, direction: (itemsize * c.M * c.N,) * 2,
     errors=(
         Wrong("p_negative", "p must lie in", options={"p": -0.1}),
         Wrong("p_over_1", "p must lie in", options={"p": 1.1}),
@@ -42,7 +44,6 @@ DROPOUT = row(
         Wrong("seed_float", "seed must be an integer", options={"seed": 1.5}, raises=TypeError),
         Wrong("seed_over_64_bits", "seed must lie in", options={"seed": 2**64}),
     ),
-    kernel="not yet: torch's dropout serves the model",
     sampled=dropout_parts,
 )
 
