@@ -40,7 +40,7 @@ EMBEDDING = row(
         Case("odd", B=2, T=7, V=19, P=9, C=13),
         Case("repeated_tokens", B=2, T=11, V=5, P=11, C=8, values={"tokens": repeated_tokens}),
         Case("frequent_tokens", B=4, T=64, V=3, P=64, C=8),
-        Case("gpt2_tokens", B=32, T=1024, V=50257, P=1024, C=768, tags=FAMILY),
+        Case("gpt2_tokens", B=32, T=1024, V=50257, P=1024, C=768, tags=("aot", *FAMILY)),
         Case("cpu_bench", B=8, T=512, V=5003, P=512, C=256, tags=CPU),
     ],
     outputs={"y": "B T C"},
@@ -57,6 +57,5 @@ EMBEDDING = row(
             raises=TypeError,
         ),
     ),
-    kernel="not yet: torch's embedding serves the model",
     sampled=embedding_parts,
 )
