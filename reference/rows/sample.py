@@ -190,6 +190,5 @@ SAMPLE = row(
         Wrong("top_p_over_1", "top_p must lie in", options={"top_p": 1.5}),
         Wrong("min_p_over_1", "min_p must lie in", options={"min_p": 1.5}),
     ),
-    kernel="not yet: gpt samples with torch",
     sampled=sample_parts,
 )  # fmt: skip
