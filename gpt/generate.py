@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gaugeblock import kernels
+
 from .model import KVCache
 
 
@@ -46,26 +48,17 @@ def generate(
             cache = KVCache(model, idx.shape[0])
         new = idx[:, start + (cache.length if use_cache else 0) :]
         logits, _ = model(new, cache=cache)
-        token = sample(logits[:, -1], temperature, top_k, top_p, draw)
+        token = sample(logits[:, -1], temperature, top_k, top_p, draw, model.impl)
         idx = torch.cat([idx, token[:, None].to(idx.dtype)], dim=1)
     return idx
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """One token for each row of logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        # a token stays while those before it have not reached top_p
-        drop = p.cumsum(-1) - p >= top_p
-        logits = logits.masked_fill(drop.gather(1, order.argsort(-1)), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None, impl="auto"):
+    """One token for each row of logits (B, V), from the generator's uniform numbers."""
+    u = torch.zeros(len(logits), device=logits.device)
+    if temperature:
+        u.uniform_(generator=generator)
+    return kernels.sample(logits, u, temperature, top_k, top_p, impl=impl)
 
 
 def _expect_options(max_new_tokens, temperature, top_k, top_p):

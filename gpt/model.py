@@ -201,9 +201,12 @@ class GPT(nn.Module):
         return logits, kernels.cross_entropy(logits, targets, impl=self.impl)
 
     def _logits(self, idx, cache=None):
-        start = 0 if cache is None else cache.length
-        positions = torch.arange(start, start + idx.shape[1], device=idx.device)
-        h = self.wte(idx) + self.wpe(positions)
+        positions = None
+        if cache is not None and cache.length:
+            end = cache.length + idx.shape[1]
+            positions = torch.arange(cache.length, end, device=idx.device)
+        wte, wpe = self.wte.weight, self.wpe.weight
+        h = kernels.embedding(idx, wte, wpe, positions, impl=self.impl)
         h = h.to(self.compute_dtype or h.dtype)
         for block in self.h:
             h = block(h, cache, self.impl)
