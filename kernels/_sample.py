@@ -39,6 +39,7 @@ from ._checks import expect_alike, expect_integer, expect_shape, readable
 from ._configurations import architecture, find
 from ._launch import launch, resolve, tile, tl_accumulator, wide
 
+_SHORT = 1024
 # beyond so many temperatures below the largest a probability is 0
 _NEGLIGIBLE = 800
 # temperatures whose inverse, and whose product with that many, float32 holds
@@ -184,10 +185,13 @@ def _configuration(V, dtype):
     bits = 16 if dtype.itemsize == 2 else 32
     row = find("sample", kernel="rows", architecture=architecture(), bits=bits)
     BLOCK_V = tile(V, row["BLOCK_V"])
+    tiles = triton.cdiv(V, BLOCK_V)
+    # a pass over one short tile is all waiting: fewer of them, with more thresholds
+    short = tiles == 1 and BLOCK_V <= _SHORT
     return dict(
         BLOCK_V=BLOCK_V,
-        TILES=triton.next_power_of_2(triton.cdiv(V, BLOCK_V)),
-        DIGIT=row["DIGIT"],
+        TILES=triton.next_power_of_2(tiles),
+        DIGIT=4 if short else row["DIGIT"],
         KEY=tl.int64 if dtype == torch.float64 else tl.int32,
         # of float32 bits, in which 16-bit logits leave so many unused; a multiple of a digit stays
         SPARE={torch.bfloat16: 16, torch.float16: 12}.get(dtype, 0),
