@@ -39,6 +39,7 @@ from ._checks import expect_alike, expect_integer, expect_shape, readable
 from ._configurations import architecture, find
 from ._launch import launch, resolve, tile, tl_accumulator, wide
 
+_SHORT = 1024
 # beyond so many temperatures below the largest a probability is 0
 _NEGLIGIBLE = 800
 # temperatures whose inverse, and whose product with that many, float32 holds
@@ -101,7 +102,8 @@ def _threshold(
                 total += tl.sum(above.to(tl.int32), 1)
         if BY_MASS:
             # everything is above the first threshold of all
-            share = tl.maximum(want * tl.max(total, 0), _LEAST_MASS)
+            mass = tl.sum(tl.where(digits == 0, total, 0.0), 0)
+            share = tl.maximum(want * mass, _LEAST_MASS)
             want = tl.where(step == 0, share, want)
         # what was found holds enough already: a digit of 0 needs no proof
         enough = (total >= want) | (digits == 0)
@@ -170,7 +172,7 @@ def _sample_fwd_kernel(
             e = _kept_weight(x, most, lowest, inverse, least, min_p, SPARE)
             masses = tl.where(offs_t == start // BLOCK_V, tl.sum(e, 0), masses)
         cdf = tl.cumsum(masses, 0)
-        target = tl.load(u_ptr + row).to(ACC) * tl.max(cdf, 0)
+        target = tl.load(u_ptr + row).to(ACC) * tl.sum(masses, 0)
         start = _first(cdf, masses, offs_t, target) * BLOCK_V
         below = tl.sum(tl.where(offs_t * BLOCK_V < start, masses, 0.0), 0)
         x = _load(row_ptr, start, stride_v, V, BLOCK_V, ACC)
@@ -184,10 +186,13 @@ def _configuration(V, dtype):
     bits = 16 if dtype.itemsize == 2 else 32
     row = find("sample", kernel="rows", architecture=architecture(), bits=bits)
     BLOCK_V = tile(V, row["BLOCK_V"])
+    tiles = triton.cdiv(V, BLOCK_V)
+    # a pass over one short tile is all waiting: fewer of them, with more thresholds
+    short = tiles == 1 and BLOCK_V <= _SHORT
     return dict(
         BLOCK_V=BLOCK_V,
-        TILES=triton.next_power_of_2(triton.cdiv(V, BLOCK_V)),
-        DIGIT=row["DIGIT"],
+        TILES=triton.next_power_of_2(tiles),
+        DIGIT=4 if short else row["DIGIT"],
         KEY=tl.int64 if dtype == torch.float64 else tl.int32,
         # of float32 bits, in which 16-bit logits leave so many unused; a multiple of a digit stays
         SPARE={torch.bfloat16: 16, torch.float16: 12}.get(dtype, 0),
@@ -245,10 +250,10 @@ def _eager(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
     if top_k is not None:
         kept = kept & (s >= s.topk(min(top_k, s.shape[-1])).values[..., -1:])
     if top_p is not None and top_p < 1:
-        p, order = s.where(kept, -math.inf).softmax(-1).sort(stable=True)
-        goes = p.cumsum(-1) <= 1 - top_p
-        goes[..., -1] = False
-        kept = kept & ~goes.scatter(-1, order, goes)
+        ordered = s.where(kept, -math.inf).sort().values
+        stays = ordered.softmax(-1).cumsum(-1) > 1 - top_p
+        stays[..., -1] = True
+        kept = kept & (s >= ordered.where(stays, math.inf).amin(-1, keepdim=True))
     if min_p is not None:
         p = s.where(kept, -math.inf).softmax(-1)
         kept = kept & (p >= min_p * p.amax(-1, keepdim=True))
