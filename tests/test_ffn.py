@@ -262,8 +262,11 @@ def test_few_rows_read_each_weight_once_in_many_programs(M, launched):
     x, w1, b1, w2, b2, residual = network(M, C, F, torch.bfloat16)
     with torch.no_grad():
         ffn(x, w1, b1, w2, b2, residual=residual)
-    for (programs, options), N in zip(tiles(launched), (F, C), strict=True):
-        assert options["BLOCK_M"] == 16
+    kinds = ("fused", F), ("plain", C)
+    for (programs, options), (kernel, N) in zip(tiles(launched), kinds, strict=True):
+        row = _product._row(kernel, "few", torch.bfloat16)
+        assert row["BLOCK_M"] == 16
+        assert all(options[name] == row[name] for name in candidates.LAUNCH)
         assert options["SPLIT"]
         # one row of tiles, each split along the contraction
         assert programs >= 3 * -(-N // options["BLOCK_N"])

@@ -560,8 +560,9 @@ class FFN(Model):
     erf: str = "erf"
     bias_first: bool = False
 
-    def __call__(self, x, w1, b1, w2, b2, activation="gelu_tanh"):
-        return _Explicit.apply(self, dict(activation=activation), x, w1, b1, w2, b2)
+    def __call__(self, x, w1, b1, w2, b2, activation="gelu_tanh", residual=None):
+        y = _Explicit.apply(self, dict(activation=activation), x, w1, b1, w2, b2)
+        return y if residual is None else y + residual
 
     def affine(self, x, w, b, step):
         return b + product(x, w, step) if self.bias_first else product(x, w, step) + b
