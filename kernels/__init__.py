@@ -11,7 +11,7 @@ for.
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = ("_checks", "_configurations", "_launch", "_philox")
+_SHARED = ("_checks", "_configurations", "_launch", "_loss", "_philox")
 OPS = tuple(
     sorted(
         path.stem[1:]
