@@ -11,7 +11,9 @@ for.
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = ("_checks", "_configurations", "_launch", "_loss", "_philox")
+_SHARED = (
+    "_activations", "_checks", "_configurations", "_launch", "_loss", "_philox", "_product",
+)  # fmt: skip
 OPS = tuple(
     sorted(
         path.stem[1:]

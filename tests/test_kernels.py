@@ -23,7 +23,8 @@ def case_of(op, name=None):
 
 def inputs_of(op, case, dtype=torch.float32):
     drawn = op.draw(case, np.random.default_rng(1))
-    tensors = [torch.from_numpy(x).to(DEVICE) for x in drawn.values()]
+    # an optional input that the case leaves out is None
+    tensors = [torch.from_numpy(x).to(DEVICE) for x in drawn.values() if x is not None]
     return [
         t.to(dtype).requires_grad_(bool(op.differentiable())) if t.is_floating_point() else t
         for t in tensors
