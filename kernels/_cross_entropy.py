@@ -6,7 +6,7 @@
 
 Shapes: logits (..., V) of any strides; targets (...) int; loss () or, for reduction "none", (...).
 Algorithm: a row is split over programs, so that few rows fill a chip too; each reads its tile once
-and leaves its maximum and sum, and a second kernel adds them in order. log(softmax) is never formed.
+and leaves its maximum and sum, and a second kernel adds them in order; log(softmax) is not formed.
 The gradient is computed later, by one more pass that recomputes the softmax from lse, or with the
 loss: one program walks a row, and walks it again for the gradient of a loss gradient of 1 while the
 row is still in the cache (few rows are split, as above); backward multiplies by dloss where that is
@@ -110,8 +110,7 @@ def _cross_entropy_parts_kernel(
 def _cross_entropy_bwd_kernel(
     dloss_ptr, logits_ptr, targets_ptr, lse_ptr, dlogits_ptr,
     stride_dloss, stride_m, stride_v, stride_dm, stride_dv, V, splits, ignore_index, alpha,
-    SMOOTH: tl.constexpr, SAME_ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+    SAME_ROWS: tl.constexpr, BLOCK_V: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     target = tl.load(targets_ptr + row)
@@ -124,7 +123,7 @@ def _cross_entropy_bwd_kernel(
         x = _load_tile(logits_ptr + start, split, head, V, stride_v, BLOCK_V).to(ACC)
         dloss = tl.load(dloss_ptr + row * stride_dloss)
         lse = tl.load(lse_ptr + row)
-        dx = dloss * slope_of(x, offs_v, target.to(tl.int32), lse, V, alpha, SMOOTH)
+        dx = dloss * slope_of(x, offs_v, target.to(tl.int32), lse, V, alpha)
     _store_tile(dlogits_ptr + to, dx, split, head, V, stride_dv, BLOCK_V)
 
 
@@ -170,7 +169,7 @@ def _cross_entropy_fwd_bwd_kernel(
         for split in range(0, splits):
             x = _load_tile(logits_ptr + start, split, head, V, stride_v, BLOCK_V).to(ACC)
             offs_v = split * BLOCK_V - head + offs
-            dx = rate * slope_of(x, offs_v, target.to(tl.int32), lse, V, alpha, SMOOTH)
+            dx = rate * slope_of(x, offs_v, target.to(tl.int32), lse, V, alpha)
             _store_tile(dlogits_ptr + to, dx, split, head, V, stride_dv, BLOCK_V)
 
 
@@ -244,7 +243,7 @@ def _backward(dlosses, logits, targets, lse, ignore_index, alpha, dlogits=None):
         _cross_entropy_bwd_kernel, M * splits,
         dlosses, logits, targets, lse, dlogits,
         dlosses.stride(0), *logits.stride(), *dlogits.stride(), V, splits, ignore_index, alpha,
-        SMOOTH=alpha != 0, SAME_ROWS=logits.stride() == dlogits.stride(), **options,
+        SAME_ROWS=logits.stride() == dlogits.stride(), **options,
     )  # fmt: skip
     return dlogits
 

@@ -6,17 +6,17 @@
 
 Shapes: x (..., C); w (V, C), tied to an embedding or not; targets (...) int; b (V,) or None; loss
 () or, for reduction "none", (...). Any strides.
-Algorithm: the logits are never stored whole. Forward: a program computes tiles of logits for its rows
-and its part of the vocabulary, and keeps their running maximum and sum and the target's logit; a
-second kernel adds the parts in order. Backward: for chunks of the vocabulary, a kernel computes the
+Algorithm: the logits are never stored whole. Forward: a program computes tiles of logits for its
+rows and its part of the vocabulary, and keeps their running maximum and sum and the target's logit;
+a second kernel adds the parts in order. Backward: for chunks of the vocabulary, a kernel computes the
 logits again and stores dlogits of the chunk; two products give dw of the chunk and add to dx in
 float32. Deterministic. A row's loss depends on no other row and not on their number.
 Saved for backward: x, w, targets, b, and lse in float32.
-Memory beside inputs and outputs: dlogits of a chunk, a 24th of the logits' bytes, and in backward dx
-in float32 and what a product splits; at GPT-2's width and 8,192 rows under a tenth of the logits.
+Memory beside inputs and outputs: in backward dlogits of a chunk, a 24th of the logits' bytes, dx in
+float32 and what a product splits; at GPT-2's width and 8,192 rows under a tenth of the logits.
 dtypes: float16, bfloat16, float32 (IEEE products, not TF32), float64. The logits are float32 and
-dlogits in the dtype of x. A target out of range is a ValueError on a CPU; on CUDA it makes its row's
-loss NaN.
+dlogits in the dtype of x. A target out of range is a ValueError on a CPU; on CUDA it makes its
+row's loss NaN.
 Source: Wijmans et al. 2024, arXiv:2411.09009 (logits never stored); Hsu et al. 2024,
 arXiv:2410.10989 (chunks).
 """
@@ -52,20 +52,32 @@ _GROUP_M = 32
 
 
 @triton.jit
-def _logits_tile(
-    x, w, b_ptr, stride_xm, stride_xc, stride_wc, stride_wv, first_m, first_v, M, V, C,
-    TMA: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Logits of a tile, −∞ in the columns past the last."""
-    s, _ = _walk(
-        x, w, stride_xm, stride_xc, stride_wc, stride_wv, first_m, first_v, M, V, C, 0, C,
-        False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
-    )  # fmt: skip
-    offs_v = first_v + tl.arange(0, BLOCK_N)
+def _halves(s):
+    """The left and the right columns of a tile: what is done to one half needs fewer registers."""
+    s = tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2))
+    return tl.split(tl.permute(s, (0, 2, 1)))
+
+
+@triton.jit
+def _logits(s, b_ptr, offs_v, V):
+    """x wᵀ of some columns -> logits, −∞ in the columns past the last."""
     if b_ptr is not None:
-        s += tl.load(b_ptr + offs_v, mask=offs_v < V, other=0.0).to(ACC)[None, :]
+        s += tl.load(b_ptr + offs_v, mask=offs_v < V, other=0.0).to(s.dtype)[None, :]
     return tl.where((offs_v < V)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _add_columns(
+    m_i, l_i, total, picked, s, b_ptr, offs_v, target, V, SMOOTH: tl.constexpr
+):  # fmt: skip
+    """The running maximum and sums, and the target's logit, with some more columns."""
+    s = _logits(s, b_ptr, offs_v, V)
+    m, l = part(s, 1)
+    m_i, l_i = add_part(m_i, l_i, m, l)
+    if SMOOTH:
+        total += tl.sum(tl.where((offs_v < V)[None, :], s, 0.0), 1)
+    picked += tl.sum(tl.where(offs_v[None, :] == target[:, None], s, 0.0), 1)
+    return m_i, l_i, total, picked
 
 
 @triton.jit
@@ -81,6 +93,8 @@ def _linear_cross_entropy_parts_kernel(
     offs_m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_m = offs_m < M
     target = tl.load(targets_ptr + offs_m, mask=mask_m, other=-1)
+    # one that is out of range is in no column
+    column = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     begin = split * _SPLIT
     end = tl.minimum(begin + _SPLIT, V)
     m_i = tl.full((BLOCK_M,), float("-inf"), ACC)
@@ -88,23 +102,39 @@ def _linear_cross_entropy_parts_kernel(
     total = tl.zeros((BLOCK_M,), ACC)
     picked = tl.zeros((BLOCK_M,), ACC)
     for first_v in range(begin, end, BLOCK_N):
-        s = _logits_tile(
-            x, w, b_ptr, stride_xm, stride_xc, stride_wc, stride_wv, block_m * BLOCK_M, first_v,
-            M, V, C, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
+        s, _ = _walk(
+            x, w, stride_xm, stride_xc, stride_wc, stride_wv, block_m * BLOCK_M, first_v, M, V, C,
+            0, C, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
         )  # fmt: skip
-        m, l = part(s, 1)
-        m_i, l_i = add_part(m_i, l_i, m, l)
-        offs_v = first_v + tl.arange(0, BLOCK_N)
-        if SMOOTH:
-            total += tl.sum(tl.where((offs_v < V)[None, :], s, 0.0), 1)
-        is_target = offs_v[None, :] == target.to(tl.int32)[:, None]
-        picked += tl.sum(tl.where(is_target, s, 0.0), 1)
+        left, right = _halves(s)
+        offs_v = first_v + tl.arange(0, BLOCK_N // 2)
+        m_i, l_i, total, picked = _add_columns(
+            m_i, l_i, total, picked, left, b_ptr, offs_v, column, V, SMOOTH
+        )
+        m_i, l_i, total, picked = _add_columns(
+            m_i, l_i, total, picked, right, b_ptr, offs_v + BLOCK_N // 2, column, V, SMOOTH
+        )
     at = split.to(tl.int64) * M + offs_m
     tl.store(m_ptr + at, m_i, mask=mask_m)
     tl.store(l_ptr + at, l_i, mask=mask_m)
     if SMOOTH:
         tl.store(total_ptr + at, total, mask=mask_m)
-    tl.store(picked_ptr + offs_m, picked, mask=mask_m & (target >= begin) & (target < end))
+    tl.store(picked_ptr + offs_m, picked, mask=mask_m & (column >= begin) & (column < end))
+
+
+@triton.jit
+def _store_slopes(
+    s, b_ptr, dlogits_ptrs, sums_ptr, offs_n, column, lse, dloss, kept, mask_m, N, V, alpha
+):
+    """dlogits of some columns, and their sums."""
+    s = _logits(s, b_ptr, offs_n, N)
+    slope = slope_of(s, offs_n[None, :], column[:, None], lse[:, None], V, alpha)
+    dx = tl.where(kept[:, None], dloss[:, None] * slope, 0.0)
+    # whole tiles of columns, for which there is room: what is past the last is not read
+    ptrs = dlogits_ptrs + offs_n[None, :]
+    tl.store(ptrs, cast(dx, dlogits_ptrs.dtype.element_ty), mask=mask_m[:, None])
+    if sums_ptr is not None:
+        tl.store(sums_ptr + offs_n, tl.sum(dx, 0))
 
 
 @triton.jit
@@ -112,35 +142,36 @@ def _linear_cross_entropy_dlogits_kernel(
     x, w, b_ptr, targets_ptr, dloss_ptr, lse_ptr, dlogits_ptr, sums_ptr,
     stride_xm, stride_xc, stride_wc, stride_wv, stride_dloss, stride_dm,
     M, N, C, first, V, ignore_index, alpha,
-    SMOOTH: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
+    TMA: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """dlogits of N columns from `first` on; sums: their sums over each tile of rows, or None."""
     block_m, block_n = _locate(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    s = _logits_tile(
-        x, w, b_ptr, stride_xm, stride_xc, stride_wc, stride_wv,
-        block_m * BLOCK_M, block_n * BLOCK_N, M, N, C,
-        TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
+    s, _ = _walk(
+        x, w, stride_xm, stride_xc, stride_wc, stride_wv, block_m * BLOCK_M, block_n * BLOCK_N,
+        M, N, C, 0, C, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
     )  # fmt: skip
     offs_m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
+    mask_m = offs_m < M
     target = tl.load(targets_ptr + offs_m, mask=mask_m, other=-1)
     kept = mask_m & (target != ignore_index)
+    column = tl.where((target >= 0) & (target < V), target - first, -1).to(tl.int32)
     # rows that have no gradient have exponentials of 0
     lse = tl.load(lse_ptr + offs_m, mask=kept, other=float("inf"))
     dloss = tl.load(dloss_ptr + offs_m * stride_dloss, mask=kept, other=0.0)
-    slope = slope_of(
-        s, (first + offs_n)[None, :], target.to(tl.int32)[:, None], lse[:, None], V, alpha, SMOOTH
-    )
-    mask = mask_m[:, None] & mask_n[None, :]
-    dx = tl.where(kept[:, None] & mask_n[None, :], dloss[:, None] * slope, 0.0)
-    ptrs = dlogits_ptr + offs_m[:, None] * stride_dm + offs_n[None, :]
-    tl.store(ptrs, cast(dx, dlogits_ptr.dtype.element_ty), mask=mask)
+    dlogits_ptrs = dlogits_ptr + offs_m[:, None] * stride_dm
     if sums_ptr is not None:
-        to = sums_ptr + block_m.to(tl.int64) * stride_dm + offs_n
-        tl.store(to, tl.sum(dx, 0), mask=mask_n)
+        sums_ptr += block_m.to(tl.int64) * stride_dm
+    left, right = _halves(s)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    _store_slopes(
+        left, b_ptr, dlogits_ptrs, sums_ptr, offs_n, column, lse, dloss, kept, mask_m, N, V, alpha
+    )
+    _store_slopes(
+        right, b_ptr, dlogits_ptrs, sums_ptr, offs_n + BLOCK_N // 2, column, lse, dloss, kept,
+        mask_m, N, V, alpha,
+    )  # fmt: skip
 
 
 def _options(kernel, x):
@@ -152,14 +183,14 @@ def _options(kernel, x):
     return {name: found[name] for name in names}
 
 
-def _launch_tiles(kernel, columns, x, w, *args, options, alpha):
+def _launch_tiles(kernel, columns, x, w, *args, **options):
     """Run a kernel on tiles of x wᵀ that have so many columns."""
     x_read, w_read, described = _operands(x, w.t(), options)
     described.pop("PERSISTENT", None)
     launch(
         kernel, triton.cdiv(x.shape[0], options["BLOCK_M"]) * triton.cdiv(w.shape[0], columns),
         x_read, w_read, *args,
-        **options | described, SMOOTH=alpha != 0, GROUP_M=_GROUP_M, ACC=tl_accumulator(x.dtype),
+        **options | described, GROUP_M=_GROUP_M, ACC=tl_accumulator(x.dtype),
     )  # fmt: skip
 
 
@@ -172,7 +203,7 @@ def _forward(x, w, targets, b, ignore_index, alpha):
     _launch_tiles(
         _linear_cross_entropy_parts_kernel, _SPLIT.value, x, w,
         b, targets, *parts, picked, *x.stride(), *w.t().stride(), M, V, C,
-        options=_options("forward", x), alpha=alpha,
+        SMOOTH=alpha != 0, **_options("forward", x),
     )  # fmt: skip
     merge(parts, picked, (1, 0), targets, losses, lse, V, ignore_index, alpha)
     return losses, lse
@@ -203,7 +234,7 @@ def _backward(dlosses, x, w, targets, b, lse, ignore_index, alpha, chunks=None):
             _linear_cross_entropy_dlogits_kernel, options["BLOCK_N"], x, w_chunk,
             None if b is None else b.narrow(0, first, N), targets, dlosses, lse, d, sums,
             *x.stride(), *w_chunk.t().stride(), dlosses.stride(0), columns,
-            M, N, C, first, V, ignore_index, alpha, options=options, alpha=alpha,
+            M, N, C, first, V, ignore_index, alpha, **options,
         )  # fmt: skip
         product(d.t(), x, out=dw.narrow(0, first, N))
         product(d, w_chunk, out=dx if first + N == V else acc, add=acc if first else None)

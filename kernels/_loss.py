@@ -87,12 +87,10 @@ def loss_of(m_i, l_i, total, picked, V, alpha, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def slope_of(x, offs_v, target, lse, V, alpha, SMOOTH: tl.constexpr):
+def slope_of(x, offs_v, target, lse, V, alpha):
     """d loss / d logit of the columns offs_v."""
-    slope = tl.exp(x - lse) - tl.where(offs_v == target, 1 - alpha, 0.0)
-    if SMOOTH:
-        slope -= alpha / V
-    return slope
+    uniform = alpha / V
+    return tl.exp(x - lse) - tl.where(offs_v == target, 1 - alpha + uniform, uniform)
 
 
 @triton.jit
