@@ -174,13 +174,17 @@ def _linear_cross_entropy_dlogits_kernel(
     )  # fmt: skip
 
 
-def _options(kernel, x):
-    """Launch options: a pure function of dtype and chip, so that no row's bits depend on M."""
+def _options(kernel, x, b):
+    """Launch options: a pure function of dtype, bias, chip: no bits of a row depend on M."""
     found = find(
         _OP, kernel=kernel, architecture=architecture(), bits=16 if x.element_size() == 2 else 32
     )
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "TMA"
-    return {name: found[name] for name in names}
+    options = {name: found[name] for name in names}
+    if kernel == "dlogits" and b is not None:
+        # the bias of a wide tile, one element a register, would spill
+        options["BLOCK_N"] = min(options["BLOCK_N"], 128)
+    return options
 
 
 def _launch_tiles(kernel, columns, x, w, *args, **options):
@@ -203,7 +207,7 @@ def _forward(x, w, targets, b, ignore_index, alpha):
     _launch_tiles(
         _linear_cross_entropy_parts_kernel, _SPLIT.value, x, w,
         b, targets, *parts, picked, *x.stride(), *w.t().stride(), M, V, C,
-        SMOOTH=alpha != 0, **_options("forward", x),
+        SMOOTH=alpha != 0, **_options("forward", x, b),
     )  # fmt: skip
     merge(parts, picked, (1, 0), targets, losses, lse, V, ignore_index, alpha)
     return losses, lse
@@ -217,7 +221,7 @@ def _chunk(V, BLOCK_N):
 def _backward(dlosses, x, w, targets, b, lse, ignore_index, alpha, chunks=None):
     """-> dx (M, C), dw (V, C), db (V,) or None. chunks: which are computed, all by default."""
     (M, C), V = x.shape, w.shape[0]
-    options = _options("dlogits", x)
+    options = _options("dlogits", x, b)
     columns = _chunk(V, options["BLOCK_N"])
     dlogits = torch.empty((M, columns), dtype=x.dtype, device=x.device)
     dx = torch.empty((M, C), dtype=x.dtype, device=x.device)
@@ -246,14 +250,14 @@ def _backward(dlosses, x, w, targets, b, lse, ignore_index, alpha, chunks=None):
 def _launch_all(
     x, w, targets, b=None, ignore_index=-100, label_smoothing=0.0, reduction="mean"
 ):  # fmt: skip
-    """One forward and backward call straight through the launchers, to be compiled."""
-    losses, lse = _forward(x, w, targets, b, ignore_index, label_smoothing)
-    last = triton.cdiv(w.shape[0], _chunk(w.shape[0], _options("dlogits", x)["BLOCK_N"])) - 1
-    # the others are launched as the second is
-    chunks = sorted({0, min(1, last), last})
-    return losses, _backward(
-        losses, x, w, targets, b, lse, ignore_index, label_smoothing, chunks
-    )  # fmt: skip
+    """Calls straight through the launchers, with and without a bias, to be compiled."""
+    for bias in (b, None):
+        losses, lse = _forward(x, w, targets, bias, ignore_index, label_smoothing)
+        columns = _chunk(w.shape[0], _options("dlogits", x, bias)["BLOCK_N"])
+        last = triton.cdiv(w.shape[0], columns) - 1
+        # the others are launched as the second is
+        chunks = sorted({0, min(1, last), last})
+        _backward(losses, x, w, targets, bias, lse, ignore_index, label_smoothing, chunks)
 
 
 @torch.library.custom_op("gaugeblock::linear_cross_entropy_fwd", mutates_args=())

@@ -133,7 +133,7 @@ def new_parts(splits, M, smooth, like):
 
 
 def merge(parts, picked, strides, targets, losses, lse, V, ignore_index, alpha):
-    """Writes losses (M,) and lse (M,); the logit of row i, column v is picked's, at these strides."""
+    """Writes losses (M,) and lse (M,); picked holds the logits of rows and columns, so strided."""
     splits, M = parts[0].shape
     launch(
         _loss_merge_kernel, triton.cdiv(M, 128),
