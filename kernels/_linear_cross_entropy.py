@@ -8,8 +8,8 @@ Shapes: x (..., C); w (V, C), tied to an embedding or not; targets (...) int; b 
 () or, for reduction "none", (...). Any strides.
 Algorithm: the logits are never stored whole. Forward: a program computes tiles of logits for its
 rows and its part of the vocabulary, and keeps their running maximum and sum and the target's logit;
-a second kernel adds the parts in order. Backward: for chunks of the vocabulary, a kernel computes the
-logits again and stores dlogits of the chunk; two products give dw of the chunk and add to dx in
+a second kernel adds the parts in order. Backward: for chunks of the vocabulary, a kernel computes
+the logits again and stores dlogits of the chunk; two products give dw of the chunk and add to dx in
 float32. Deterministic. A row's loss depends on no other row and not on their number.
 Saved for backward: x, w, targets, b, and lse in float32.
 Memory beside inputs and outputs: in backward dlogits of a chunk, a 24th of the logits' bytes, dx in
