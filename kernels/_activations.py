@@ -12,17 +12,19 @@ ACTIVATIONS = {
     "relu": F.relu,
 }
 
-_SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(math.sqrt(2 / math.pi))
+# tanh-GELU is z·σ(2u), u = √(2/π)·(z + 0.044715 z³): −2u·log2(e) = z·(_LINEAR + _CUBIC·z²)
+_LINEAR: tl.constexpr = tl.constexpr(-2 * math.sqrt(2 / math.pi) / math.log(2))
+_CUBIC: tl.constexpr = tl.constexpr(-2 * math.sqrt(2 / math.pi) / math.log(2) * 0.044715)
+_LN2: tl.constexpr = tl.constexpr(math.log(2))
 _SQRT_HALF: tl.constexpr = tl.constexpr(math.sqrt(0.5))
 _DENSITY_AT_0: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
 @triton.jit
-def _tanh(x):
-    """tanh by one exponential of a number that is never positive, so that nothing overflows."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
+def _gate(z):
+    """σ(2u), by one exponential; its argument is kept where float32 holds the result."""
+    t = z * (_LINEAR + _CUBIC * z * z)
+    return 1.0 / (1.0 + tl.exp2(tl.minimum(t, 126.0, propagate_nan=tl.PropagateNan.ALL)))
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def activate(z, ACTIVATION: tl.constexpr):
         return tl.where(z <= 0, 0.0, z)
     if ACTIVATION == "gelu":
         return z * (0.5 * (1.0 + tl.erf(z * _SQRT_HALF)))
-    return 0.5 * z * (1.0 + _tanh((z + 0.044715 * z * z * z) * _SQRT_2_OVER_PI))
+    return z * _gate(z)
 
 
 @triton.jit
@@ -42,6 +44,5 @@ def slope(z, ACTIVATION: tl.constexpr):
         return tl.where(z > 0, 1.0, 0.0)
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0
-    t = _tanh((z + 0.044715 * z * z * z) * _SQRT_2_OVER_PI)
-    inner = (1.0 + 3 * 0.044715 * z * z) * _SQRT_2_OVER_PI
-    return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
+    g = _gate(z)
+    return g - z * g * (1.0 - g) * (_LN2 * _LINEAR + 3 * _LN2 * _CUBIC * z * z)

@@ -40,7 +40,7 @@ from ._loss import (
     reduce,
     slope_of,
 )
-from ._product import _locate, _operands, _walk, product
+from ._product import _locate, _walk, descriptor, product, turned
 
 _OP = "linear_cross_entropy"
 # columns of a part of the vocabulary: a row's bits depend on it, so that it is one for all shapes
@@ -189,12 +189,19 @@ def _options(kernel, x, b):
 
 def _launch_tiles(kernel, columns, x, w, *args, **options):
     """Run a kernel on tiles of x wᵀ that have so many columns."""
-    x_read, w_read, described = _operands(x, w.t(), options)
-    described.pop("PERSISTENT", None)
+    wt = w.t()
+    x_turned, w_turned = turned(x), turned(wt)
+    flags = {"TMA": False, "A_TURNED": False, "B_TURNED": False}
+    read = x, wt
+    if options["TMA"] and None not in (x_turned, w_turned):
+        flags = {"TMA": True, "A_TURNED": x_turned, "B_TURNED": w_turned}
+        read = (
+            descriptor(x, x_turned, options["BLOCK_M"], options["BLOCK_K"]),
+            descriptor(wt, w_turned, options["BLOCK_K"], options["BLOCK_N"]),
+        )
     launch(
         kernel, triton.cdiv(x.shape[0], options["BLOCK_M"]) * triton.cdiv(w.shape[0], columns),
-        x_read, w_read, *args,
-        **options | described, GROUP_M=_GROUP_M, ACC=tl_accumulator(x.dtype),
+        *read, *args, **options | flags, GROUP_M=_GROUP_M, ACC=tl_accumulator(x.dtype),
     )  # fmt: skip
 
 

@@ -7,11 +7,11 @@ Shapes: a (M, K), b (K, N) of any strides; c and add (M, N) with contiguous rows
 (N,); z (M, N) contiguous. c and add may be float32 beside 16-bit operands, and the same tensor:
 then the product is added in place.
 Algorithm: tiles of c in groups of rows, whose operands stay in the L2 cache. Where c has too few
-tiles for the chip, their contraction is split: the parts go to a workspace, and a second kernel adds
-them in order and applies the epilogue. How many splits there are is a pure function of the shape and
-architecture, so the bits are the same in every run. A persistent kernel (one program for each
-multiprocessor) loads the next tile while the last one is stored. On Hopper the tiles come by TMA
-descriptors where address and strides are multiples of 16 bytes, either dimension contiguous.
+tiles for the chip, their contraction is split: the parts go to a workspace, and a second kernel
+adds them in order and applies the epilogue. How many splits there are is a pure function of the
+shape and architecture, so the bits are the same in every run. A persistent kernel (one program for
+each multiprocessor) loads the next tile while the last one is stored. On Hopper the tiles come by
+TMA descriptors where addresses and strides are multiples of 16 bytes, either dimension contiguous.
 The column sums of b are taken by the first row of tiles, which passes over all of b anyway.
 dtypes: float16, bfloat16, float32 (IEEE products, not TF32), float64.
 """
@@ -30,6 +30,8 @@ FEW_ROWS = 16
 # multiprocessors that splits are chosen for
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132}
 _MOST_SPLITS = 16
+# how much longer half a tile takes than half of the time of a whole one
+_SMALLER_TILES = 1.45
 _GROUP_M = 8
 LAUNCH = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "TMA", "PERSISTENT")
 _UNFINISHED = {"EPILOGUE": "none", "ACTIVATION": "none"}
@@ -121,15 +123,23 @@ def _finish(
 def _tile(
     index, a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
     stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, part,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr,
-    B_TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, ACC: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    split = index // tiles
-    block_m, block_n = _locate(index % tiles, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    """One split of one tile of c."""
+    low, high = 0, K
+    if SPLIT:
+        split = index // tiles
+        index = index % tiles
+        low = (split.to(tl.int64) * part).to(tl.int32)
+        high = tl.minimum(low + part, K)
+        # c holds the splits' parts, one (M, N) after the other, and sums theirs
+        c_ptr += split.to(tl.int64) * M * N
+        if sums_ptr is not None:
+            sums_ptr += split.to(tl.int64) * N
+    block_m, block_n = _locate(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
-    low = split * part
-    high = tl.minimum(low + part, K)
     if sums_ptr is not None:
         if block_m == 0:
             acc, sums = _walk(
@@ -137,8 +147,7 @@ def _tile(
                 low, high, True, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
             )  # fmt: skip
             offs_n = first_n + tl.arange(0, BLOCK_N)
-            sums_ptrs = sums_ptr + split.to(tl.int64) * N + offs_n
-            tl.store(sums_ptrs, cast(sums, sums_ptr.dtype.element_ty), mask=offs_n < N)
+            tl.store(sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=offs_n < N)
         else:
             acc, _ = _walk(
                 a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
@@ -149,8 +158,6 @@ def _tile(
             a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
             low, high, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
         )  # fmt: skip
-    # with splits c holds their parts, one (M, N) after the other
-    c_ptr += split.to(tl.int64) * M * N
     if BLOCK_N == 256:
         # by halves, so that what the epilogue needs beside the tile fits in the registers
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -173,26 +180,26 @@ def _tile(
 @triton.jit
 def _product_kernel(
     a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
-    stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, splits, part,
-    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
-    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm, M, N, K, tiles, part,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    PERSISTENT: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Each split of each tile; the splits of one tile are far apart, those of a row near."""
     if PERSISTENT:
-        for index in tl.range(tl.program_id(0), tiles * splits, tl.num_programs(0), flatten=True):
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(
                 index, a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
                 stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm,
-                M, N, K, tiles, part, EPILOGUE, ACTIVATION, TMA, A_TURNED, B_TURNED,
+                M, N, K, tiles, part, EPILOGUE, ACTIVATION, SPLIT, TMA, A_TURNED, B_TURNED,
                 BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, ACC,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), a, b, c_ptr, bias_ptr, z_ptr, add_ptr, sums_ptr,
             stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_dm,
-            M, N, K, tiles, part, EPILOGUE, ACTIVATION, TMA, A_TURNED, B_TURNED,
+            M, N, K, tiles, part, EPILOGUE, ACTIVATION, SPLIT, TMA, A_TURNED, B_TURNED,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, ACC,
         )  # fmt: skip
 
@@ -247,9 +254,15 @@ def product(
         # no tile passes over b
         sums.copy_(b.sum(0, dtype=accumulator(b.dtype)))
     kernel = "sums" if sums is not None else "plain" if epilogue == "none" else "fused"
-    options, splits, part = configuration(kernel, M, N, K, a.dtype, rows)
-    a_read, b_read, described = _operands(a, b, options)
-    options |= described
+    a_turned, b_turned = turned(a), turned(b)
+    options, splits, part = configuration(
+        kernel, M, N, K, a.dtype, described=None not in (a_turned, b_turned), rows=rows
+    )
+    a_read, b_read, options["A_TURNED"], options["B_TURNED"] = a, b, False, False
+    if options["TMA"]:
+        a_read = descriptor(a, a_turned, options["BLOCK_M"], options["BLOCK_K"])
+        b_read = descriptor(b, b_turned, options["BLOCK_K"], options["BLOCK_N"])
+        options["A_TURNED"], options["B_TURNED"] = a_turned, b_turned
     tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
     if add is not None and add.stride(-1) != 1:
         add = add.contiguous()
@@ -269,8 +282,8 @@ def product(
     launch(
         _product_kernel, programs,
         a_read, b_read, *target[:5], *a.stride(), *b.stride(), *target[5:],
-        M, N, K, tiles, splits, part,
-        **options, **(finish if splits == 1 else _UNFINISHED), GROUP_M=_GROUP_M,
+        M, N, K, tiles, part,
+        **options, **(finish if splits == 1 else _UNFINISHED), SPLIT=splits > 1, GROUP_M=_GROUP_M,
         ACC=tl_accumulator(a.dtype),
     )  # fmt: skip
     if splits > 1:
@@ -282,44 +295,59 @@ def product(
     return c
 
 
-def configuration(kernel, M, N, K, dtype, rows=None):
+def configuration(kernel, M, N, K, dtype, *, described=True, rows=None):
     """-> options of the launch, splits of the contraction, length of a split.
 
-    kernel: "fused" (an activation in the epilogue), "plain" or "sums". rows: the table's class of
-    shapes; by the shape where it is None.
+    kernel: "fused" (an activation in the epilogue), "plain" or "sums". described: whether
+    the operands lie as TMA wants them. rows: the table's class of shapes; by the shape where None.
     """
-    chip = architecture()
-    row = find(
-        "ffn",
-        kernel=kernel,
-        architecture=chip,
-        bits=16 if dtype.itemsize == 2 else 32,
-        rows=rows or shape_class(kernel, M, N, dtype, chip),
-    )
+    row = _row(kernel, rows or shape_class(kernel, M, N, dtype), dtype)
     options = {k: row[k] for k in LAUNCH}
+    if not described:
+        # loaded value by value, through registers
+        options |= {"TMA": False, "PERSISTENT": False}
+        options |= {"BLOCK_N": min(row["BLOCK_N"], 64), "BLOCK_K": min(row["BLOCK_K"], 32)}
     for name, size in (("BLOCK_M", M), ("BLOCK_N", N), ("BLOCK_K", K)):
-        options[name] = tile(size, row[name])
+        options[name] = tile(size, options[name])
     tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
     steps = triton.cdiv(K, options["BLOCK_K"])
-    splits, steps = splitting(tiles, steps, options["BLOCK_M"] <= FEW_ROWS, chip)
-    # the loops over tiles and steps become one, which must not be empty
-    options["PERSISTENT"] = options["PERSISTENT"] and K > 0
+    splits, steps = splitting(tiles, steps, options["BLOCK_M"] <= FEW_ROWS)
+    # where a tile has bounds of its own, the loops over tiles and steps do not become one
+    options["PERSISTENT"] = options["PERSISTENT"] and splits == 1
     return options, splits, steps * options["BLOCK_K"]
 
 
-def shape_class(kernel, M, N, dtype, chip):
+def _row(kernel, rows, dtype):
+    bits = 16 if dtype.itemsize == 2 else 32
+    return find("ffn", kernel=kernel, architecture=architecture(), bits=bits, rows=rows)
+
+
+def shape_class(kernel, M, N, dtype):
     """What the table calls the shape: "few" rows, or "some" or "many" large tiles."""
-    if kernel == "sums" or dtype.itemsize != 2:
-        return "few" if M <= FEW_ROWS and kernel != "sums" else "many"
+    if kernel == "sums":
+        # splits make up for few tiles
+        return "many"
     if M <= FEW_ROWS:
         return "few"
-    # with fewer, the last round of tiles leaves much of the chip idle
-    return "many" if M * N >= 4 * _MULTIPROCESSORS[chip] * 128 * 256 else "some"
+    if dtype.itemsize != 2:
+        return "many"
+
+    def longest(rows):
+        row = _row(kernel, rows, dtype)
+        tiles = triton.cdiv(M, row["BLOCK_M"]) * triton.cdiv(N, row["BLOCK_N"])
+        return triton.cdiv(tiles, _processors()) * row["BLOCK_M"] * row["BLOCK_N"]
+
+    # of smaller tiles fewer are idle in the last round, but each value is read more often
+    return "many" if longest("many") <= _SMALLER_TILES * longest("some") else "some"
 
 
-def splitting(tiles, steps, few, chip):
+def _processors():
+    return _MULTIPROCESSORS[architecture()]
+
+
+def splitting(tiles, steps, few):
     """-> (splits of a contraction of so many steps, steps of a split)."""
-    programs = _MULTIPROCESSORS[chip]
+    programs = _processors()
     most = max(min(_MOST_SPLITS, steps), 1)
     if few:
         # what counts is to have loads of weights underway everywhere: four programs together
@@ -345,34 +373,24 @@ def multiprocessors(device):
     """How many programs a persistent kernel has."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return _MULTIPROCESSORS[architecture()]
+    return _processors()
 
 
-def _operands(a, b, options):
-    """The operands as the kernel reads them, tensors or descriptors, and the flags that say so."""
-    made = [None, None]
-    if options["TMA"]:
-        made = [
-            descriptor(a, options["BLOCK_M"], options["BLOCK_K"]),
-            descriptor(b, options["BLOCK_K"], options["BLOCK_N"]),
-        ]
-    if None in made:
-        # a persistent loop hides nothing where addresses are computed in registers
-        flags = {"TMA": False, "PERSISTENT": False, "A_TURNED": False, "B_TURNED": False}
-        return a, b, flags
-    (a_desc, a_turned), (b_desc, b_turned) = made
-    return a_desc, b_desc, {"TMA": True, "A_TURNED": a_turned, "B_TURNED": b_turned}
-
-
-def descriptor(x, rows, columns):
-    """(TMA descriptor of tiles (rows, columns) of a matrix, whether of its transpose), or None.
+def turned(x):
+    """Whether a TMA descriptor must be of x's transpose; None where there can be none.
 
     The hardware wants addresses and strides in steps of 16 bytes.
     """
     step = 16 // x.element_size()
     if x.numel() == 0 or x.data_ptr() % 16:
         return None
-    for turned, y, block in ((False, x, [rows, columns]), (True, x.t(), [columns, rows])):
+    for transposed, y in ((False, x), (True, x.t())):
         if y.stride(1) == 1 and y.stride(0) >= y.shape[1] and y.stride(0) % step == 0:
-            return TensorDescriptor(y, list(y.shape), [y.stride(0), 1], block), turned
+            return transposed
     return None
+
+
+def descriptor(x, transposed, rows, columns):
+    """A TMA descriptor of tiles (rows, columns) of a matrix or, transposed, of x.t()."""
+    y, block = (x.t(), [columns, rows]) if transposed else (x, [rows, columns])
+    return TensorDescriptor(y, list(y.shape), list(y.stride()), block)
