@@ -85,6 +85,7 @@ CROSS_ENTROPY = row(
         Case("smoothed_ignored", M=6, V=50, label_smoothing=0.3, values={"targets": some_ignored}),
         Case("logits_spread_by_100", M=6, V=40, values={"logits": spread_by_100}),
         Case("several_tiles", M=3, V=4099),
+        Case("one_row_of_several_tiles", M=1, V=9001, reduction="none"),
         Case(
             "rank_three",
             B=3,
