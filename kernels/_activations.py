@@ -21,10 +21,10 @@ _DENSITY_AT_0: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
 @triton.jit
-def _gate(z):
-    """σ(2u), by one exponential; its argument is kept where float32 holds the result."""
+def _gate_inverse(z):
+    """1/σ(2u), by one exponential; its argument is kept where float32 holds the result."""
     t = z * (_LINEAR + _CUBIC * z * z)
-    return 1.0 / (1.0 + tl.exp2(tl.minimum(t, 126.0, propagate_nan=tl.PropagateNan.ALL)))
+    return 1.0 + tl.exp2(tl.minimum(t, 126.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def activate(z, ACTIVATION: tl.constexpr):
         return tl.where(z <= 0, 0.0, z)
     if ACTIVATION == "gelu":
         return z * (0.5 * (1.0 + tl.erf(z * _SQRT_HALF)))
-    return z * _gate(z)
+    return z / _gate_inverse(z)
 
 
 @triton.jit
@@ -44,5 +44,5 @@ def slope(z, ACTIVATION: tl.constexpr):
         return tl.where(z > 0, 1.0, 0.0)
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0
-    g = _gate(z)
+    g = 1.0 / _gate_inverse(z)
     return g - z * g * (1.0 - g) * (_LN2 * _LINEAR + 3 * _LN2 * _CUBIC * z * z)

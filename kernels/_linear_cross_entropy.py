@@ -40,7 +40,7 @@ from ._loss import (
     reduce,
     slope_of,
 )
-from ._product import _locate, _walk, descriptor, product, turned
+from ._product import locate, operands, product, walk
 
 _OP = "linear_cross_entropy"
 # columns of a part of the vocabulary: a row's bits depend on it, so that it is one for all shapes
@@ -89,7 +89,7 @@ def _linear_cross_entropy_parts_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of rows and a part of the vocabulary: maximum, sums and the target's logit."""
-    block_m, split = _locate(tl.program_id(0), M, V, BLOCK_M, _SPLIT, GROUP_M)
+    block_m, split = locate(tl.program_id(0), M, V, BLOCK_M, _SPLIT, GROUP_M)
     offs_m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     mask_m = offs_m < M
     target = tl.load(targets_ptr + offs_m, mask=mask_m, other=-1)
@@ -102,7 +102,7 @@ def _linear_cross_entropy_parts_kernel(
     total = tl.zeros((BLOCK_M,), ACC)
     picked = tl.zeros((BLOCK_M,), ACC)
     for first_v in range(begin, end, BLOCK_N):
-        s, _ = _walk(
+        s, _ = walk(
             x, w, stride_xm, stride_xc, stride_wc, stride_wv, block_m * BLOCK_M, first_v, M, V, C,
             0, C, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
         )  # fmt: skip
@@ -147,8 +147,8 @@ def _linear_cross_entropy_dlogits_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """dlogits of N columns from `first` on; sums: their sums over each tile of rows, or None."""
-    block_m, block_n = _locate(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    s, _ = _walk(
+    block_m, block_n = locate(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    s, _ = walk(
         x, w, stride_xm, stride_xc, stride_wc, stride_wv, block_m * BLOCK_M, block_n * BLOCK_N,
         M, N, C, 0, C, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
     )  # fmt: skip
@@ -189,19 +189,11 @@ def _options(kernel, x, b):
 
 def _launch_tiles(kernel, columns, x, w, *args, **options):
     """Run a kernel on tiles of x wᵀ that have so many columns."""
-    wt = w.t()
-    x_turned, w_turned = turned(x), turned(wt)
-    flags = {"TMA": False, "A_TURNED": False, "B_TURNED": False}
-    read = x, wt
-    if options["TMA"] and None not in (x_turned, w_turned):
-        flags = {"TMA": True, "A_TURNED": x_turned, "B_TURNED": w_turned}
-        read = (
-            descriptor(x, x_turned, options["BLOCK_M"], options["BLOCK_K"]),
-            descriptor(wt, w_turned, options["BLOCK_K"], options["BLOCK_N"]),
-        )
+    x_read, w_read, described = operands(x, w.t(), options)
     launch(
         kernel, triton.cdiv(x.shape[0], options["BLOCK_M"]) * triton.cdiv(w.shape[0], columns),
-        *read, *args, **options | flags, GROUP_M=_GROUP_M, ACC=tl_accumulator(x.dtype),
+        x_read, w_read, *args,
+        **options | described, GROUP_M=_GROUP_M, ACC=tl_accumulator(x.dtype),
     )  # fmt: skip
 
 

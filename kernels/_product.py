@@ -38,7 +38,7 @@ _UNFINISHED = {"EPILOGUE": "none", "ACTIVATION": "none"}
 
 
 @triton.jit
-def _locate(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def locate(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Rows and columns of tiles that the tile with this number has before it."""
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = index // (blocks_n * GROUP_M)
@@ -57,7 +57,7 @@ def _described(desc, row, column, TURNED: tl.constexpr):
 
 
 @triton.jit
-def _walk(
+def walk(
     a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K, low, high,
     SUM: tl.constexpr, TMA: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
@@ -138,23 +138,23 @@ def _tile(
         c_ptr += split.to(tl.int64) * M * N
         if sums_ptr is not None:
             sums_ptr += split.to(tl.int64) * N
-    block_m, block_n = _locate(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    block_m, block_n = locate(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     first_m, first_n = block_m * BLOCK_M, block_n * BLOCK_N
     if sums_ptr is not None:
         if block_m == 0:
-            acc, sums = _walk(
+            acc, sums = walk(
                 a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
                 low, high, True, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
             )  # fmt: skip
             offs_n = first_n + tl.arange(0, BLOCK_N)
             tl.store(sums_ptr + offs_n, cast(sums, sums_ptr.dtype.element_ty), mask=offs_n < N)
         else:
-            acc, _ = _walk(
+            acc, _ = walk(
                 a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
                 low, high, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
             )  # fmt: skip
     else:
-        acc, _ = _walk(
+        acc, _ = walk(
             a, b, stride_am, stride_ak, stride_bk, stride_bn, first_m, first_n, M, N, K,
             low, high, False, TMA, A_TURNED, B_TURNED, BLOCK_M, BLOCK_N, BLOCK_K, ACC,
         )  # fmt: skip
@@ -219,10 +219,9 @@ def _product_merge_kernel(
     offs_n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask_n = offs_n < N
     mask = (offs_m < M) & mask_n[None, :]
-    ptrs = parts_ptr + offs_m * N + offs_n[None, :]
-    acc = tl.load(ptrs, mask=mask, other=0.0)
-    for _ in tl.static_range(1, SPLITS):
-        ptrs += M.to(tl.int64) * N
+    acc = tl.load(parts_ptr + offs_m * N + offs_n[None, :], mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        ptrs = parts_ptr + (offs_m + M * split) * N + offs_n[None, :]
         acc += tl.load(ptrs, mask=mask, other=0.0)
     _finish(
         acc, first_m, first_n, c_ptr, bias_ptr, z_ptr, add_ptr, stride_cm, stride_dm, M, N,
@@ -254,15 +253,10 @@ def product(
         # no tile passes over b
         sums.copy_(b.sum(0, dtype=accumulator(b.dtype)))
     kernel = "sums" if sums is not None else "plain" if epilogue == "none" else "fused"
-    a_turned, b_turned = turned(a), turned(b)
-    options, splits, part = configuration(
-        kernel, M, N, K, a.dtype, described=None not in (a_turned, b_turned), rows=rows
-    )
-    a_read, b_read, options["A_TURNED"], options["B_TURNED"] = a, b, False, False
-    if options["TMA"]:
-        a_read = descriptor(a, a_turned, options["BLOCK_M"], options["BLOCK_K"])
-        b_read = descriptor(b, b_turned, options["BLOCK_K"], options["BLOCK_N"])
-        options["A_TURNED"], options["B_TURNED"] = a_turned, b_turned
+    described = None not in (turned(a), turned(b))
+    options, splits, part = configuration(kernel, M, N, K, a.dtype, described=described, rows=rows)
+    a_read, b_read, flags = operands(a, b, options)
+    options |= flags
     tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
     if add is not None and add.stride(-1) != 1:
         add = add.contiguous()
@@ -374,6 +368,16 @@ def multiprocessors(device):
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _processors()
+
+
+def operands(a, b, options):
+    """a and b as a kernel of these options reads them, by descriptors or not, and its flags."""
+    a_turned, b_turned = turned(a), turned(b)
+    if not options["TMA"] or None in (a_turned, b_turned):
+        return a, b, {"TMA": False, "A_TURNED": False, "B_TURNED": False}
+    a_desc = descriptor(a, a_turned, options["BLOCK_M"], options["BLOCK_K"])
+    b_desc = descriptor(b, b_turned, options["BLOCK_K"], options["BLOCK_N"])
+    return a_desc, b_desc, {"TMA": True, "A_TURNED": a_turned, "B_TURNED": b_turned}
 
 
 def turned(x):
