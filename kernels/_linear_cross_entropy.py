@@ -181,7 +181,7 @@ def _options(kernel, x, b):
     )
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "TMA"
     options = {name: found[name] for name in names}
-    if kernel == "dlogits" and b is not None:
+    if b is not None:
         # the bias of a wide tile, one element a register, would spill
         options["BLOCK_N"] = min(options["BLOCK_N"], 128)
     return options
