@@ -2,8 +2,8 @@
 
 The README's generated parts come from docs/demo, those of docs/oracle.md from docs/oracle, which
 `make oracle` fills, those of docs/inspect.md and docs/attention.md from what compiled and from the
-table of configurations, those of docs/step.md from the catalog. A generated part stands between
-`<!-- NAME -->` and `<!-- /NAME -->`.
+table of configurations, those of docs/step.md and docs/memory-bound.md from the catalog. A
+generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gaugeblock.kernels import artefacts
 from gaugeblock.kernels.sass import MATRIX, TMA
+from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Result
 from gaugeblock.reference.report import binding
 
@@ -23,12 +24,16 @@ from . import estimates, step_budget
 from .markdown import markdown_summary
 from .record import RESULTS, load_record
 from .report import report
+from .roofline import copy_gb_s
 from .tables import tally_words
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECORDS = CHECKOUT / "docs" / "demo"
 ORACLE = CHECKOUT / "docs" / "oracle"
 _FROM = {"findings": "peers"}
+_MEMORY_BOUND = (
+    "layer_norm", "residual_layer_norm", "cross_entropy", "embedding", "dropout", "adamw", "sample",
+)  # fmt: skip
 _KEPT = ("parity.json", "inspect.json", "sample.txt", "model/train.json", "model/loss.png")
 
 
@@ -71,8 +76,25 @@ def pages():
         CHECKOUT / "docs" / "oracle.md": oracle_parts(),
         CHECKOUT / "docs" / "inspect.md": artefacts.parts(),
         CHECKOUT / "docs" / "attention.md": estimates.parts(),
+        CHECKOUT / "docs" / "memory-bound.md": {"traffic": _traffic()},
         CHECKOUT / "docs" / "step.md": step_budget.parts(),
     }
+
+
+def _traffic():
+    """What the memory-bound ops have to move in the family's cases, in bfloat16."""
+    ceilings, _ = step_budget.h200_ceilings(RESULTS)
+    rows = []
+    for name in _MEMORY_BOUND:
+        op = CATALOG[name]
+        for case in op.cases:
+            for direction in ("fwd", "bwd") if op.differentiable() else ("fwd",):
+                if "family" in case.tags:
+                    read, written = op.traffic(case, 2, direction)
+                    least_us = (read + written) / 1e3 / copy_gb_s(ceilings, read + written)
+                    moved = [f"{x / 1e6:,.1f}" for x in (read, written)]
+                    rows.append([name, case.name, direction, *moved, f"{least_us:,.1f}"])
+    return _table(["op", "case", "", "read, MB", "written, MB", "copied in, µs"], rows)
 
 
 def fill(text, parts):
