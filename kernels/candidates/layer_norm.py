@@ -26,7 +26,7 @@ def candidates(row):
     """The launch configurations that are measured for a row of the table, its own first."""
     own = {name: row[name] for name in LAUNCH}
     tried = {"forward": _forward, "dx": _dx, "columns": _columns, "dwdb": _dwdb}[row["kernel"]](row)
-    others = [dict(zip(LAUNCH, launch)) for launch in tried]
+    others = [dict(zip(LAUNCH, launch)) for launch in dict.fromkeys(tried)]
     return [own, *(x for x in others if x != own and _fits(row, x))]
 
 
