@@ -22,19 +22,25 @@ def others(op):
     return [layout for layout in OTHERS if layout != "expanded" or not op.updates]
 
 
-# each case contiguous and, turn about with the dtypes, in three of the other layouts
-POINTS = [
-    pytest.param(
-        op, case, dtype, layout, impl,
-        id=f"{op.name}-{case.name}-{SHORT[dtype]}-{layout}-{impl}",
-    )
-    for op in CATALOG.values()
-    if op.kernel is None
-    for i, case in enumerate(op.select("full", op.supported))
-    for j, dtype in enumerate(DTYPES)
-    for layout in ("contiguous", others(op)[(i + j) % len(others(op))])
-    for impl in ("triton", "eager")
-]  # fmt: skip
+def points(op):
+    """Each case contiguous and, turn about with the dtypes, in three of the other layouts.
+
+    What a quick check leaves out comes in other layouts among the slow tests.
+    """
+    rotating = others(op)
+    for i, case in enumerate(op.select("full", op.supported)):
+        for j, dtype in enumerate(DTYPES):
+            for layout in ("contiguous", rotating[(i + j) % len(rotating)]):
+                slow = "full" in case.tags and layout != "contiguous"
+                for impl in ("triton", "eager"):
+                    yield pytest.param(
+                        op, case, dtype, layout, impl,
+                        id=f"{op.name}-{case.name}-{SHORT[dtype]}-{layout}-{impl}",
+                        marks=[pytest.mark.slow] if slow else [],
+                    )  # fmt: skip
+
+
+POINTS = [point for op in CATALOG.values() if op.kernel is None for point in points(op)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -220,6 +220,7 @@ def test_the_operator_is_registered_as_torch_wants_it(filters):
 @both
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)])
 def test_compiles_as_one_graph_with_the_same_tokens(impl, options):
+    torch.compiler.reset()
     fn = functools.partial(kernels.sample, **options, impl=impl)
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     inputs = normal(3, 50), uniform(3)

@@ -167,7 +167,14 @@ def shipped():
     return list(dict.fromkeys(rows))
 
 
-@pytest.mark.parametrize(("op", "kernel"), shipped())
+# hundreds of programs, one by one in the interpreter
+LONG = [(op, k) for op in ("layer_norm", "residual_layer_norm") for k in ("dx", "columns", "dwdb")]
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel"),
+    [pytest.param(*x, marks=[pytest.mark.slow] if x in LONG else []) for x in shipped()],
+)
 def test_a_modules_problem_is_right_as_shipped(op, kernel):
     module, table = tune.module(op), _configurations.rows(op)
     _, rows = tune.plan(op, only={"kernel": [kernel]})

@@ -137,7 +137,7 @@ class Op:
 
     def dims(self, case):
         """{dimension: size} of a case."""
-        names = {d for name in self.inputs for d in self.spec(case, name).split()}
+        names = {d for name in self.given(case) for d in self.spec(case, name).split()}
         names |= {spec.below for spec in self.inputs.values() if isinstance(spec, Index)}
         sizes = {d: case.settings[of] for d, of in self.sizes.items()} | case.settings
         missing = names - set(sizes)
