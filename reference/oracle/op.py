@@ -256,21 +256,26 @@ class Op:
 
         Forward: inputs, then outputs. Backward: inputs and output gradients, then gradients.
         """
-        dims = self.dims(case)
         if self.moves:
-            return self.moves(SimpleNamespace(**{**dims, **case.settings}), itemsize, direction)
-
-        def size(names):
-            return sum(
-                math.prod(self.shape(self.spec(case, name), dims)) * self._itemsize(name, itemsize)
-                for name in names
-            )
-
+            c = SimpleNamespace(**{**self.dims(case), **case.settings})
+            return self.moves(c, itemsize, direction)
         given = self.given(case)
         if direction == "fwd":
-            return size(given), size(self.outputs)
+            return self._size(case, given, itemsize), self._size(case, self.outputs, itemsize)
         gradients = [name for name in self.differentiable() if name in given]
-        return size(given) + size(self.outputs), size(gradients)
+        read = self._size(case, [*given, *self.outputs], itemsize)
+        return read, self._size(case, gradients, itemsize)
+
+    def tensor_bytes(self, case, itemsize):
+        """The memory that a case's inputs and outputs take, in bytes."""
+        return self._size(case, [*self.given(case), *self.outputs], itemsize)
+
+    def _size(self, case, names, itemsize):
+        dims = self.dims(case)
+        return sum(
+            math.prod(self.shape(self.spec(case, name), dims)) * self._itemsize(name, itemsize)
+            for name in names
+        )
 
     def byte_count(self, case, itemsize, direction="fwd"):
         """All compulsory traffic of one call in bytes."""

@@ -128,7 +128,7 @@ class SampledContent:
         _ = self.exact
         runs = list(enumerate(self.expectation.arithmetics()))
         # each may hold all inputs once more
-        each = _COPIES * self.expectation.op.byte_count(self.expectation.case, 4)
+        each = _COPIES * self.expectation.op.tensor_bytes(self.expectation.case, 4)
         threads = max(1, min(len(os.sched_getaffinity(0)), _free_bytes() // each))
         with ThreadPoolExecutor(int(threads)) as pool:
             return list(pool.map(lambda run: self._computed(run[1], self._with(run[0])), runs))
@@ -277,7 +277,7 @@ def expectation_of(op, case, dtype, seed=0, backward=True):
 
 def fits(op, case):
     """Whether a case and a candidate's tensors of its size fit into the memory that is free."""
-    return _COPIES * op.byte_count(case, 4) < _free_bytes()
+    return _COPIES * op.tensor_bytes(case, 4) < _free_bytes()
 
 
 def _free_bytes():
