@@ -32,10 +32,7 @@ def configuration(op, kernel, N, dtype):
     row["BLOCK_N"] = min(row["BLOCK_N"], tile(N, LARGEST_ROW))
     if N % 16 and kernel in ("forward", "dx"):
         # rows that do not begin at 16 bytes are loaded value by value, which takes registers
-        if row["BLOCK_M"] > 1:
-            row["BLOCK_M"] //= 2
-        else:
-            row["num_warps"] = min(2 * row["num_warps"], 32)
+        row["num_warps"] = min(2 * row["num_warps"], 32)
     if dtype == torch.float64:
         # rows of float64 in several stages need more shared memory than there is
         row["num_stages"] = 1
