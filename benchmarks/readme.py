@@ -26,6 +26,7 @@ from .record import RESULTS, load_record
 from .report import report
 from .roofline import copy_gb_s
 from .tables import tally_words
+from .words import NOTHING
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECORDS = CHECKOUT / "docs" / "demo"
@@ -116,11 +117,12 @@ def _parity(record):
     rows = []
     for fields in record["worst"]:
         r = Result(**fields)
-        error, budget = binding(r)
-        rows.append(
-            [r.op, r.case, f"{r.output}, {r.dtype}", f"{error:.1e}", f"{budget:.1e}",
-             f"{100 * r.ratio:.0f}%"]
-        )  # fmt: skip
+        # a choice, as a sampled token is, is right or wrong and has no error
+        figures = [NOTHING] * 3
+        if r.error is not None:
+            error, budget = binding(r)
+            figures = [f"{error:.1e}", f"{budget:.1e}", f"{100 * r.ratio:.0f}%"]
+        rows.append([r.op, r.case, f"{r.output}, {r.dtype}", *figures])
     said = (
         f"{record['compared']} tensors compared, {record['failures']} wrong "
         f"({record['device']}, torch {record['torch']}, triton {record['triton']}). "
