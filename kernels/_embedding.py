@@ -359,7 +359,8 @@ def _expect_positions(tokens, wpe, positions):
         return
     _expect_ids(wpe, "positions", positions, "P", P)
     shape, got = tuple(tokens.shape), tuple(positions.shape)
-    fits = all(have in (1, want) for have, want in zip(got[::-1], shape[::-1]))
+    # not `in`, which torch.compile does not see through where sizes are symbols
+    fits = all(have == 1 or have == want for have, want in zip(got[::-1], shape[::-1]))
     if len(got) > len(shape) or not fits:
         raise ValueError(
             f"embedding: positions must be broadcastable to tokens' shape {shape}, got {got}"

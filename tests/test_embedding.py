@@ -248,6 +248,16 @@ def test_compiles_as_one_graph_with_the_same_bits(given):
         assert torch.equal(plain, traced)
 
 
+def test_positions_may_come_where_sizes_have_become_symbols():
+    torch.compiler.reset()
+    wte, wpe = random(7, 3), random(9, 3)
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    for B, T, given in ((2, 7, False), (3, 5, False), (4, 6, False), (3, 5, True), (2, 4, True)):
+        tokens, positions = ids(B, T, below=7), ids(T, below=9) if given else None
+        want = embedding(tokens, wte, wpe, positions)
+        assert torch.equal(compiled(tokens, wte, wpe, positions), want)
+
+
 def test_the_operators_with_given_positions_are_registered_as_torch_wants_them():
     tokens, positions = ids(10, below=4), ids(5, below=6)
     wte, wpe = (random(rows, 3).requires_grad_() for rows in (4, 6))
