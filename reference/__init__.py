@@ -8,27 +8,31 @@ tiled, fused or tuned: one line of code per line of mathematics.
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = ("_checks", "_gpt", "_philox", "_rounding")
+_SHARED = ("_checks", "_philox", "_rounding")
+# what is no op, and the module that has it
+_OTHERS = {
+    "GPT": "_gpt",
+}
 _OPS = tuple(
     sorted(
         path.stem[1:]
         for path in Path(__file__).parent.glob("_[a-z]*.py")
-        if path.stem not in _SHARED
+        if path.stem not in (*_SHARED, *_OTHERS.values())
     )
 )
 
 # an update and a choice have no gradient
 _WITHOUT_GRADIENT = ("adamw", "sample")
 
-__all__ = ["GPT", *_OPS, *(f"{op}_backward" for op in _OPS if op not in _WITHOUT_GRADIENT)]
+__all__ = [*_OTHERS, *_OPS, *(f"{op}_backward" for op in _OPS if op not in _WITHOUT_GRADIENT)]
 
 
 def __getattr__(name):
     op = name.removesuffix("_backward")
     if op in _OPS:
         return getattr(import_module(f"._{op}", __name__), name)
-    if name == "GPT":
-        return import_module("._gpt", __name__).GPT
+    if name in _OTHERS:
+        return getattr(import_module(f".{_OTHERS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -47,15 +47,15 @@ def hidden(x, w1, b1, activation):
 
 
 def ffn_backward(dy, cache):
-    """-> dx, dw1, db1, dw2, db2, dresidual (None where residual was absent)."""
+    """-> dx, dw1, db1, dw2, db2, and dresidual where residual was given."""
     x, w1, w2, z, a, activation, added = cache
     dy = floats(dy)
     dz = hidden_gradient(dy, w2, z, activation)
-    dresidual = dy if added else None
+    dresidual = (dy,) if added else ()
     x, z, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, z, a, dy))
     dx = (dz @ w1.T).reshape((*dz.shape[:-1], w1.shape[0]))
     dz = dz.reshape(z.shape)
-    return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0), dresidual
+    return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0), *dresidual
 
 
 def hidden_gradient(dy, w2, z, activation):

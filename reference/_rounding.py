@@ -254,9 +254,14 @@ def _erf_by_rational(x):
 
 
 def floats(*arrays):
-    """The arrays in the arithmetic they bring: float64, or `Rounded` as it is. None passes."""
+    """The arrays in the arithmetic they bring: float64, or `Rounded` as it is. None passes.
+
+    complex128 stays as it is: the step of a derivative without cancellation (`tests/proof`).
+    """
     out = tuple(
-        x if x is None or isinstance(x, Rounded) else np.asarray(x, dtype=np.float64)
+        x
+        if x is None or isinstance(x, Rounded)
+        else np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
         for x in arrays
     )
     return out if len(out) > 1 else out[0]
