@@ -14,7 +14,9 @@ from gaugeblock.reference.oracle.budget import evaluate
 from gaugeblock import reference
 
 # the other ops: test_reference_ops
-OPS = ("linear", "embedding", "layer_norm", "attention", "ffn", "cross_entropy")
+OPS = (
+    "linear", "embedding", "layer_norm", "attention", "additive_attention", "ffn", "cross_entropy",
+)  # fmt: skip
 POINTS = [
     pytest.param(CATALOG[name], case, id=f"{name}-{case.name}")
     for name in OPS
@@ -129,7 +131,20 @@ def torch_ffn(x, w1, b1, w2, b2, activation="gelu_tanh", residual=0.0):
     return act.get(activation, F.relu)(x @ w1 + b1) @ w2 + b2 + residual
 
 
+def torch_additive_attention(q, k, v, w_q, w_k, w, lengths=None):
+    B, Tk = k.shape[:2]
+    there = torch.arange(Tk) < torch.tensor(lengths or [Tk] * B)[:, None]  # (B, Tk)
+    k, v = (torch.where(there[..., None], x, 0.0) for x in (k, v))
+    sees = there.any(1)[:, None, None]
+    q = torch.where(sees, q, 0.0)
+    s = ((q @ w_q)[:, :, None] + (k @ w_k)[:, None]).tanh() @ w
+    # a row without keys gets finite scores, and 0 for its result
+    s = s.masked_fill(~there[:, None] & sees, -math.inf)
+    return torch.where(sees, s.softmax(-1) @ v, 0.0)
+
+
 TORCH = {
+    "additive_attention": torch_additive_attention,
     "linear": lambda x, w, b: x @ w + b,
     "embedding": lambda tokens, wte, wpe: F.embedding(tokens, wte) + wpe[: tokens.shape[1]],
     "layer_norm": lambda x, w, b, eps=1e-5: F.layer_norm(x, x.shape[-1:], w, b, eps),

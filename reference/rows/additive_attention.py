@@ -36,7 +36,7 @@ def _case(name, B, Tq, Tk, C, K, D, A, *, hidden=None, values=None, **rest):
 
 def _spread(w, dims, rng):
     """Weights of very different keys, and gradients that are no residue."""
-    return 4 * w
+    return 2.5 * w
 
 
 def _one_nan(x, dims, rng):
