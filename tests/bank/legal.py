@@ -56,7 +56,9 @@ def _drawn(op, model, count, **knobs):
         chosen = {knob: values[columns[knob][row]] for knob, values in knobs.items()}
         words = [_word(k, v) for k, v in chosen.items() if v != defaults[k]]
         name = "-".join([op, *words]) or op
-        variants.setdefault(name, Variant(name, op, model(**chosen)))
+        # models do what the kernels can
+        variant = Variant(name, op, model(**chosen), expression=CATALOG[op].supported)
+        variants.setdefault(name, variant)
     return list(variants.values())
 
 
@@ -83,6 +85,59 @@ def _sdpa(q, k, v, *, scale=None, **options):
         q, k, v, attn_mask=visible | ~sees, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
     )
     return torch.where(sees, o, 0)
+
+
+class _Directions(torch.autograd.Function):
+    """x/‖x‖ of rows in float32, 0 where x is; kept in x's dtype where `stored`."""
+
+    @staticmethod
+    def forward(ctx, x, stored):
+        norm = x.float().square().sum(-1, keepdim=True).sqrt()
+        rate = torch.where(norm == 0, 0.0, 1 / norm)
+        xhat = models.rounded(x.float() * rate, x.dtype, stored)
+        ctx.save_for_backward(xhat, rate)
+        ctx.kept = x.dtype, stored
+        return xhat
+
+    @staticmethod
+    def backward(ctx, dxhat):
+        (dtype, stored), (xhat, rate) = ctx.kept, ctx.saved_tensors
+        dxhat = models.rounded(dxhat, dtype, stored)
+        dx = rate * (dxhat - xhat * (xhat * dxhat).sum(-1, keepdim=True))
+        return dx.to(dtype), None
+
+
+def _strides_and_cosines(
+    q, k, v, *, stored=False, stride=None, score="dot", scale=None, temperature=None, dropout=0.0,
+    seed=0, return_lse=False, **mask,
+):  # fmt: skip
+    """What the kernels lack of attention, in float32 over whole rows; causal bottom right."""
+    (B, H, Tq, D), (Hkv, Tk) = q.shape, k.shape[1:3]
+    options = dict(causal=False, align="bottom_right", window=None, global_tokens=0, lengths=None,
+                   cu_seqlens=None) | mask  # fmt: skip
+    visible = models.attention.visible(Tq, Tk, **options)
+    if stride is not None:
+        position = torch.arange(Tq)[:, None] - torch.arange(Tk)
+        n = Tk if mask.get("lengths") is None else mask["lengths"].view(-1, 1, 1)
+        if mask.get("align") != "top_left" and mask.get("cu_seqlens") is None:
+            position = position + n - Tq
+        every = models.attention.visible(Tq, Tk, **options | {"window": None})
+        visible = visible | every & (position % stride == 0).view(-1, 1, Tq, Tk)
+    sees, seen = visible.any(-1, keepdim=True), visible.any(-2)[..., None]
+    q = torch.where(sees, q, 0)
+    k, v = (torch.where(seen, x, 0).repeat_interleave(H // Hkv, 1) for x in (k, v))
+    if score == "cosine":
+        q, k = _Directions.apply(q, stored), _Directions.apply(k, stored)
+    scale = (D**-0.5 if score == "dot" else 1.0) if scale is None else scale
+    s = scale * (q.float() @ k.float().mT)
+    s = s if temperature is None else s / temperature.float()[:, None, None]
+    s = s.masked_fill(~visible & sees, -torch.inf)
+    p = s.softmax(-1)
+    if dropout:
+        p = p * models.keep_mask((B, H, Tq, Tk), dropout, seed) / (1 - dropout)
+    p = p.to(v.dtype).float() if stored else p
+    o = torch.where(sees, p @ v.float(), 0.0).to(v.dtype)
+    return (o, torch.where(sees[..., 0], s.logsumexp(-1), -torch.inf)) if return_lse else o
 
 
 # a single column has no gradient; torch's CPU kernel leaves a residue: pytorch#188372
@@ -141,6 +196,11 @@ def _adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, foreach=False)
 
 
 _TORCH = [
+    *(
+        Variant(f"attention-torch-{name}", "attention", partial(_strides_and_cosines, stored=on),
+                expression="stride or cosine")
+        for name, on in (("float32", False), ("stored", True))
+    ),
     Variant(
         "attention-torch-sdpa",
         "attention",
