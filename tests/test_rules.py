@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from gaugeblock.reference import (
     adam,
     adamw,
+    additive_attention,
+    additive_attention_backward,
     attention,
     attention_backward,
     cross_entropy,
@@ -308,6 +310,24 @@ def test_dropout_in_attention_counts_scores_in_64_bits_in_c_order():
         index = np.array([((b * H + h) * Tq + i) * Tk + j])
         want = keep_mask(index, 0.4, -3)[0] / Tk / (1 - 0.4)
         np.testing.assert_allclose(o[b, h, i, j], want, rtol=1e-14)
+
+
+def test_additive_attention_has_attentions_rules_for_what_is_not_there():
+    q, k, v, do = normal(4, 2, 3, 4)
+    w_q, w_k, w = normal(4, 5), normal(4, 5, seed=1), normal(5, seed=2)
+    o, cache = additive_attention(q[:1], k[:1, :2], v[:1, :2], w_q, w_k, w)
+    want = additive_attention_backward(do[:1], cache)
+    # one key of the first row is not there, nor is any of the second
+    k[0, 2] = v[0, 2] = q[1] = k[1] = v[1] = do[1] = np.nan
+    both, cache = additive_attention(q, k, v, w_q, w_k, w, lengths=(2, 0))
+    np.testing.assert_allclose(both[0], o[0], rtol=1e-14)
+    assert (both[1] == 0).all()
+    found = additive_attention_backward(do, cache)
+    for got, alone in zip(found[:3], want[:3]):
+        np.testing.assert_allclose(got[0, : alone.shape[1]], alone[0], rtol=1e-12, atol=1e-15)
+        assert (got[1] == 0).all()
+    for got, alone in zip(found[3:], want[3:]):
+        np.testing.assert_allclose(got, alone, rtol=1e-12, atol=1e-15)
 
 
 def pages_of(lengths, page, spare=2, D=4, fill=np.nan):
