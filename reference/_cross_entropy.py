@@ -47,9 +47,9 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
 def row_losses(logits, index, kept, alpha):
     """(loss, lse) of each row, lse (..., 1). index: the targets, (..., 1)."""
     m = logits.max(-1, keepdims=True)
-    e = np.exp(logits - np.where(np.isneginf(m), 0.0, m))
+    e = np.exp(logits - np.where(m == -np.inf, 0.0, m))
     with np.errstate(divide="ignore"):
-        lse = np.where(np.isneginf(m), 0.0, m) + np.log(e.sum(-1, keepdims=True))
+        lse = np.where(m == -np.inf, 0.0, m) + np.log(e.sum(-1, keepdims=True))
     loss = (1 - alpha) * (lse - np.take_along_axis(logits, index, -1))[..., 0]
     if alpha:
         loss = loss + alpha * (lse - logits.mean(-1, keepdims=True))[..., 0]
