@@ -43,13 +43,14 @@ class Blocks:
     def __getitem__(self, key):
         return self.weights[key]
 
-    def block(self, key, h, memory=None, lengths=None, **options):
-        """-> h, cache. options are the self-attention's; lengths are those of the memory."""
+    def block(self, key, h, memory=None, memory_lengths=None, **options):
+        """-> h, cache. options are those of the self-attention."""
         attend = partial(self.attend, f"{key}.attn", **options)
         h, attended = self._sublayer(f"{key}.ln_1", attend, h)
         crossed = None
         if memory is not None:
-            look = partial(self.attend, f"{key}.crossattention", memory=memory, lengths=lengths)
+            options = {"memory": memory, "lengths": memory_lengths}
+            look = partial(self.attend, f"{key}.crossattention", **options)
             h, crossed = self._sublayer(f"{key}.ln_cross_attn", look, h)
         h, fed = self._sublayer(f"{key}.ln_2", partial(self._feed, f"{key}.mlp"), h)
         return h, (attended, crossed, fed)

@@ -67,13 +67,14 @@ _TASKS = {
 
 
 class GPT(Blocks):
-    """A GPT in float64. `weights` maps Hugging Face's keys, unprefixed, to arrays.
+    """A GPT in float64. `weights` maps Hugging Face's keys to arrays.
 
     config: a config.json as a dict, or an object whose to_dict() gives one.
     """
 
     def __init__(self, config, weights):
         config = as_dict(config)
+        weights = _plain(weights, config)
         # biases that a directory has without saying so
         config = {f"{k}_bias": f"{k}.bias" in weights for k in ("lm_head", "score")} | config
         kind = config.get("model_type", "gpt2")
@@ -95,11 +96,7 @@ class GPT(Blocks):
         self.scaled = config.get("scale_attn_weights", True)
         self.scaled_by_layer = config.get("scale_attn_by_inverse_layer_idx", False)
         self.windows = config.get("attention_windows") or [None] * self.n_layer
-        if len(self.windows) != self.n_layer:
-            raise ValueError(
-                f"GPT: config attention_windows must have n_layer = {self.n_layer} entries, "
-                f"got {len(self.windows)}"
-            )
+        _expect_windows(self.windows, self.n_layer)
 
     @classmethod
     def from_pretrained(cls, directory):
@@ -115,15 +112,7 @@ class GPT(Blocks):
             config = json.loads((directory / "config.json").read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"GPT: config.json must be JSON, it is not: {error}") from None
-        weights = {
-            key.removeprefix("transformer."): w
-            for key, w in load_file(directory / "model.safetensors").items()
-            # older files also store the causal masks as buffers; they are not parameters
-            if not key.endswith((".attn.bias", ".attn.masked_bias"))
-        }
-        if config.get("tie_word_embeddings", True):
-            weights.pop("lm_head.weight", None)
-        return cls(config, weights)
+        return cls(config, load_file(directory / "model.safetensors"))
 
     def __call__(self, ids, frames=None):
         """ids (B, T), frames (B, N, E) -> logits (B, N + T, V)."""
@@ -255,3 +244,31 @@ class GPT(Blocks):
         (dlogits,) = cross_entropy_backward(dloss * share, cache)
         dh = self.head_backward(dlogits, headed, grads)
         return (share * losses).sum(), np.pad(dh, ((0, 0), (0, 1), (0, 0)))
+
+
+def _plain(weights, config):
+    """The parameters by their keys without the prefix."""
+    plain = {
+        key.removeprefix("transformer."): w
+        for key, w in weights.items()
+        # older files also store the causal masks as buffers; they are not parameters
+        if not key.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    if config.get("tie_word_embeddings", True) and "lm_head.weight" in plain:
+        # a tied table has two names, of which a file holds one or both
+        table, _ = EMBEDDINGS.get(config.get("model_type", "gpt2"), ("wte", "wpe"))
+        plain.setdefault(f"{table}.weight", plain.pop("lm_head.weight"))
+    return plain
+
+
+def _expect_windows(windows, n_layer):
+    if len(windows) != n_layer:
+        raise ValueError(
+            f"GPT: config attention_windows must have n_layer = {n_layer} entries, "
+            f"got {len(windows)}"
+        )
+    for w in windows:
+        if w is not None and not (isinstance(w, int) and w >= 1):
+            raise ValueError(
+                f"GPT: config attention_windows must hold null or whole numbers ≥ 1, got {w!r}"
+            )
