@@ -51,9 +51,9 @@ _OF_TYPE = {
 _FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
-    "summary_activation": None,
-    "summary_use_proj": True,
 }
+# and these where the head for multiple choice is there
+_FIXED_SUMMARY = {"summary_activation": None, "summary_use_proj": True}
 # a task's head, its gradients and its key
 _TASKS = {
     "classification": (
@@ -79,7 +79,8 @@ class GPT(Blocks):
         config = {f"{k}_bias": f"{k}.bias" in weights for k in ("lm_head", "score")} | config
         kind = config.get("model_type", "gpt2")
         expect_choice("GPT", "config model_type", kind, EMBEDDINGS)
-        for key, value in _FIXED.items():
+        chooses = f"{MULTIPLE_CHOICE}.weight" in weights
+        for key, value in (_FIXED | _FIXED_SUMMARY if chooses else _FIXED).items():
             if config.get(key, value) != value:
                 raise ValueError(f"GPT: config {key} must be {value!r}, got {config[key]!r}")
         key, default, known = _OF_TYPE[kind]
@@ -262,10 +263,10 @@ def _plain(weights, config):
 
 
 def _expect_windows(windows, n_layer):
-    if len(windows) != n_layer:
+    if not isinstance(windows, (list, tuple)) or len(windows) != n_layer:
         raise ValueError(
-            f"GPT: config attention_windows must have n_layer = {n_layer} entries, "
-            f"got {len(windows)}"
+            f"GPT: config attention_windows must be a list of n_layer = {n_layer} entries, "
+            f"got {windows!r}"
         )
     for w in windows:
         if w is not None and not (isinstance(w, int) and w >= 1):
