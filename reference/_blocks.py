@@ -20,6 +20,7 @@ from functools import partial
 import numpy as np
 
 from ._attention import attention, attention_backward
+from ._embedding import row_gradients
 from ._ffn import ffn, ffn_backward
 from ._heads import head, head_backward
 from ._layer_norm import layer_norm, layer_norm_backward
@@ -158,6 +159,20 @@ class Blocks:
         if db is not None:
             grads["lm_head.bias"] = db
         return stored(dh)
+
+    def embedding_backward(self, tables, dy, cache, grads):
+        """The gradients of the tables of these keys."""
+        for key, rows in zip(tables, row_gradients(dy, cache)):
+            self._collect_rows(grads, f"{key}.weight", *rows)
+
+    def _collect_rows(self, grads, key, ids, rows):
+        """`add`, of a table that has no other rows: it may be most of a small model."""
+        if key in grads:
+            grads[key] = stored(grads[key])
+            grads[key][ids] += stored(rows)
+        else:
+            grads[key] = np.zeros_like(self[key])
+            grads[key][ids] = rows
 
     def _pair(self, key):
         w, b = self[f"{key}.weight"], self.weights.get(f"{key}.bias")

@@ -31,7 +31,7 @@ from . import _heads as heads
 from ._blocks import Blocks
 from ._checks import expect_choice, expect_ids, expect_shape
 from ._cross_entropy import cross_entropy, cross_entropy_backward
-from ._embedding import embedding, embedding_backward
+from ._embedding import embedding
 from ._rounding import stored
 from ._shapes import EMBEDDINGS, MULTIPLE_CHOICE, as_dict, parameter_shapes
 
@@ -186,9 +186,8 @@ class GPT(Blocks):
             N, mapped, placed = framed
             dprefix, dh = dh[:, :N], dh[:, N:]
             grads["frames"] = self.linear_backward("frames", dprefix, mapped, grads)
-            self.collect(grads, self.wpe, embedding_backward(dprefix.sum(0), placed)[0])
-        for table, dtable in zip((self.wte, self.wpe), embedding_backward(dh, embedded)):
-            self.collect(grads, table, dtable)
+            self.embedding_backward([self.wpe], dprefix.sum(0), placed, grads)
+        self.embedding_backward([self.wte, self.wpe], dh, embedded, grads)
 
     def _expect_frames(self, frames, B):
         """How many there are."""

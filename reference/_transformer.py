@@ -21,7 +21,7 @@ import math
 from ._blocks import Blocks
 from ._checks import expect_ids, expect_shape
 from ._cross_entropy import cross_entropy, cross_entropy_backward
-from ._embedding import embedding, embedding_backward
+from ._embedding import embedding
 from ._positions import sinusoidal_positions
 from ._rounding import stored
 from ._shapes import as_dict, parameter_shapes
@@ -92,5 +92,4 @@ class Transformer(Blocks):
         embedded, layers = cache
         for i in reversed(range(self.n_layer)):
             dh = self.block_backward(f"{side}.h.{i}", dh, layers[i], grads)
-        dwte, _ = embedding_backward(math.sqrt(dh.shape[-1]) * dh, embedded)
-        self.collect(grads, "wte", dwte)
+        self.embedding_backward(["wte"], math.sqrt(dh.shape[-1]) * dh, embedded, grads)
