@@ -166,10 +166,13 @@ def test_temperatures_that_float32_cannot_hold(impl):
     assert torch.equal(hot, want + (want >= 4))
 
 
-def test_temperatures_past_float32_are_the_coldest_and_the_hottest():
+@both
+def test_temperatures_past_float32_are_the_coldest_and_the_hottest(impl):
     logits, u = normal(8, 30), evenly(8)
-    for extreme, held in ((1e-300, 1e-30), (1e300, 1e30)):
-        assert torch.equal(sample(logits, u, temperature=extreme), sample(logits, u, held))
+    run = functools.partial(kernels.sample, logits, u, impl=impl)
+    for extreme, held in ((1e-300, 1e-30), (1e-39, 1e-30), (1e300, 1e30)):
+        assert torch.equal(run(temperature=extreme), run(temperature=held))
+    assert torch.equal(run(temperature=1e-300), run(temperature=0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
