@@ -175,6 +175,13 @@ def test_temperatures_past_float32_are_the_coldest_and_the_hottest(impl):
     assert torch.equal(run(temperature=1e-300), run(temperature=0.0))
 
 
+@both
+def test_a_top_p_that_float32_does_not_hold_keeps_the_most_probable(impl):
+    logits = normal(4, 30)
+    token = kernels.sample(logits, evenly(4), top_p=1e-50, impl=impl)
+    assert torch.equal(token, logits.argmax(-1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.7, top_k=40, top_p=0.9, min_p=0.01)])
 def test_a_row_depends_on_no_other(options, dtype):
