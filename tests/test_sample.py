@@ -119,6 +119,16 @@ def test_equals_of_the_last_one_kept_stay(impl):
 
 
 @both
+def test_greedy_takes_the_first_of_equals_in_different_tiles(impl):
+    logits = torch.zeros(3, 50, device=DEVICE)
+    for row, (first, other) in enumerate(((3, 19), (7, 17), (0, 48))):
+        logits[row, [first, other]] = 2.0
+    with small(16, 2):
+        token = kernels.sample(logits, evenly(3), temperature=0, impl=impl)
+    assert token.tolist() == [3, 7, 0]
+
+
+@both
 def test_what_is_not_kept_is_never_drawn_at_the_edges_of_u(impl):
     logits = normal(6, 300)
     logits[:, :5] = logits[:, -7:] = -INF
