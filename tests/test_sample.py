@@ -146,6 +146,13 @@ def test_what_is_not_kept_is_never_drawn_at_the_edges_of_u(impl):
             assert logits.gather(1, token[:, None]).isfinite().all()
 
 
+@both
+def test_a_u_that_float32_rounds_to_1_draws_the_last(impl):
+    logits = torch.tensor([[-INF, 0.0, 0.0, -INF]], device=DEVICE)
+    u = torch.tensor([1 - 1e-12], dtype=torch.float64, device=DEVICE)
+    assert kernels.sample(logits, u, impl=impl).tolist() == [2]
+
+
 def test_u_out_of_range_on_a_device_draws_the_first_or_the_last():
     logits = normal(6, 50)
     logits[:, :3] = logits[:, -4:] = -INF
