@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._checks import expect_choice
 
@@ -33,12 +34,16 @@ def resolve(op, impl, tensor):
 
 
 def launch(kernel, programs, *args, **options):
-    """Run `kernel` on a grid of `programs`; the first argument is a tensor of its device."""
+    """Run `kernel` on a grid of `programs`; the first argument is a tensor of its device.
+
+    Or a descriptor of one.
+    """
     if programs == 0:
         return
     LAUNCHES[kernel.fn.__name__] += 1
     if torch.cuda.device_count() > 1:
-        with torch.cuda.device_of(args[0]):
+        first = args[0]
+        with torch.cuda.device_of(first.base if isinstance(first, TensorDescriptor) else first):
             kernel[(programs,)](*args, **options)
     else:
         kernel[(programs,)](*args, **options)
