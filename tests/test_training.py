@@ -1,6 +1,7 @@
 """Training learns, repeats, resumes, and leaves whole directories or none."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,32 @@ def test_a_resumed_run_is_the_unbroken_run(text, tmp_path):
         (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")
     ]
     assert [json.loads(r)["loss"] for r in logs[0]] == [json.loads(r)["loss"] for r in logs[1]]
+
+
+def test_a_run_killed_in_a_checkpoint_keeps_its_log_whole(text, tmp_path, monkeypatch):
+    checkpoint = gpt_train._checkpoint
+
+    def killed(*arguments):
+        checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpt_train, "_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(text, tmp_path / "out", steps=4, checkpoint_every=2))
+    monkeypatch.undo()
+    train(config(text, tmp_path / "out", steps=4, resume=True))
+    log = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
+
+
+def test_the_newest_checkpoint_is_that_of_the_most_steps(text, tmp_path):
+    out = tmp_path / "out"
+    train(config(text, out, steps=2, checkpoint_every=2))
+    checkpoints = out / "checkpoints"
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-999999")
+    (checkpoints / "step-000002").rename(checkpoints / "step-1000000")
+    with pytest.raises(ValueError, match="needs steps > 1000000, already done, got 1000000"):
+        train(config(text, out, steps=10**6, resume=True))
 
 
 def test_resume_needs_a_checkpoint_of_the_same_model(text, tmp_path):
