@@ -169,6 +169,30 @@ def test_past_the_context_is_an_error_or_slides(saved):
     assert torch.equal(*long)
 
 
+def test_past_the_context_it_goes_on_from_the_last_half(saved, monkeypatch):
+    model, seen = ours(saved[1]), []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *a, **k: seen.append(a[1]) or forward(*a, **k))
+    said = model.generate(tokens(1, 30), 14, 0, slide=True, use_cache=False)
+    # all of the context, then half of it and what is new
+    lengths = [24, *range(13, 25), 13]
+    for i, (idx, length) in enumerate(zip(seen, lengths, strict=True)):
+        assert torch.equal(idx, said[:, 30 + i - length : 30 + i])
+
+
+def test_each_token_has_a_draw_of_its_own_and_the_filters(saved, monkeypatch):
+    model, idx, seen = ours(saved[1]), tokens(2, 3), []
+    greedy = model.generate(idx, 9, 0)
+    for options in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-3)):
+        assert torch.equal(model.generate(idx, 9, seed=1, **options), greedy)
+    op = kernels.sample
+    monkeypatch.setattr(
+        kernels, "sample", lambda x, u, *a, **k: seen.append(u) or op(x, u, *a, **k)
+    )
+    model.generate(idx, 9, seed=1)
+    assert len(torch.cat(seen).unique()) == 18
+
+
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_padding_changes_nothing(saved, side):
     theirs, directory = saved

@@ -171,6 +171,29 @@ def test_the_learning_rate_climbs_and_falls():
     assert learning_rate(c, 104) == pytest.approx(0.1)
 
 
+def test_a_step_has_its_own_rate_and_mask_and_evaluation_drops_nothing(text, tmp_path, monkeypatch):
+    forward, step, passes, rates = GPT.forward, gpt_train.AdamW.step, [], []
+
+    def spied_forward(model, *args, **options):
+        passes.append((model.training, options.get("dropout_seed")))
+        return forward(model, *args, **options)
+
+    def spied_step(adamw):
+        assert adamw.max_norm == 0.5
+        rates.append({group["lr"] for group in adamw.param_groups})
+        return step(adamw)
+
+    monkeypatch.setattr(GPT, "forward", spied_forward)
+    monkeypatch.setattr(gpt_train.AdamW, "step", spied_step)
+    options = dict(steps=4, dropout=0.5, clip=0.5, evaluate_every=2)
+    chosen = config(text, tmp_path / "out", **options)
+    train(chosen)
+    assert rates == [{learning_rate(chosen, s)} for s in range(4)]
+    seeds = [seed for training, seed in passes if training]
+    assert len(seeds) == len(set(seeds)) == 4
+    assert len(passes) > 4 and {seed for training, seed in passes if not training} == {None}
+
+
 def test_biases_and_norms_do_not_decay(text, tmp_path):
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=16))
     decayed, free = optimizer(model, config(text, tmp_path)).param_groups
