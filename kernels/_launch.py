@@ -5,7 +5,6 @@ from collections import Counter
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._checks import expect_choice
 
