@@ -45,4 +45,6 @@ def slope(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0
     g = 1.0 / _gate_inverse(z)
-    return g - z * g * (1.0 - g) * (_LN2 * _LINEAR + 3 * _LN2 * _CUBIC * z * z)
+    # beyond 128 the gate is 0 or 1; an unbounded square would outgrow the least value it is kept at
+    square = tl.minimum(z * z, 16384.0)
+    return g - z * g * (1.0 - g) * (_LN2 * _LINEAR + 3 * _LN2 * _CUBIC * square)

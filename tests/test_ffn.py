@@ -339,6 +339,15 @@ def test_a_launch_finds_its_device_among_several(launched, monkeypatch):
     assert set(asked) == {a.device}
 
 
+@pytest.mark.parametrize("activation", _activations.ACTIVATIONS)
+@pytest.mark.parametrize("z", [-1e12, -200.0, 200.0, 1e12])
+def test_slopes_far_out_are_0_and_1(z, activation):
+    x = torch.tensor([[z]], requires_grad=True)
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    (dx,) = torch.autograd.grad(ffn(x, one, none, one, none, activation), x, one)
+    assert dx.item() == pytest.approx(float(z > 0), abs=1e-5)
+
+
 def test_a_product_accumulates_in_float32_in_place():
     a, b = normal(40, 100, dtype=torch.bfloat16), normal(100, 72, dtype=torch.bfloat16, seed=1)
     total, before = normal(40, 80, seed=2), normal(40, 80, seed=2)
