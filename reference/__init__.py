@@ -15,7 +15,6 @@ _OTHERS = {
     "Transformer": "_transformer",
     "adamw_step": "_training",
     "train": "_training",
-    "sinusoidal_positions": "_positions",
     "parameter_count": "_shapes",
     "parameter_shapes": "_shapes",
     **{
@@ -23,6 +22,11 @@ _OTHERS = {
         for task in ("classification", "similarity", "multiple_choice")
         for backward in ("", "_backward")
     },
+    "clip_grad_norm": "_clip",
+    "cosine_schedule": "_schedules",
+    "linear_schedule": "_schedules",
+    "noam_schedule": "_schedules",
+    "sinusoidal_positions": "_positions",
 }
 _OPS = tuple(
     sorted(
@@ -33,7 +37,7 @@ _OPS = tuple(
 )
 
 # an update and a choice have no gradient
-_WITHOUT_GRADIENT = ("adamw", "sample")
+_WITHOUT_GRADIENT = ("adam", "adamw", "sample")
 
 __all__ = [*_OTHERS, *_OPS, *(f"{op}_backward" for op in _OPS if op not in _WITHOUT_GRADIENT)]
 

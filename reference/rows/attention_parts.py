@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._additive_attention import additive_attention, additive_attention_backward
 from .._attention import attend, key_gradients, score_gradient, visible_keys, weights_again
 from .._paged_attention import paged_attention
 from .._philox import keep_mask
@@ -20,17 +21,21 @@ from ..oracle.sampled import Part, blocks, runs_for, spread, taken_in
 _ROWS = 256
 _LEAST_ROWS = 32
 _GROUPS = 8
+# columns of the weights of additive attention
+_COLUMNS = 32
 # queries whose errors stand for those of all
 _ERROR_ROWS = 32
 # the exact pass over all queries of a group costs so many multiplications at most, or one group
 _PRODUCTS = 2**35
 # scores in memory at once: exact ones, and those of legal runs, which stay in a cache
 _SCORES, _LEGAL_SCORES = 2**19, 2**19
-_MASKS = ("causal", "align", "window", "global_tokens", "cu_seqlens")
+_MASKS = ("causal", "align", "window", "stride", "global_tokens", "cu_seqlens")
 
 
 def attention_parts(inputs, options, dys, rng):
-    """The parts of `attention`."""
+    """The parts of `attention`, of dot products alone: no case with cosines is timed."""
+    if options.get("score", "dot") != "dot":
+        raise ValueError(f"attention: score must be dot in a bench case, got {options['score']!r}")
     problem = _Problem(inputs, options, dys)
     B, Hkv, repeats = problem.B, problem.Hkv, problem.repeats
     chosen = [int(g) for g in spread(B * Hkv, _GROUPS, rng)]
@@ -209,13 +214,13 @@ class _Problem:
         return visible_keys(self.Tq, self.Tk, queries=queries, keys=keys, **options)
 
     def _keep(self, b, heads, queries, keys):
-        """What dropout multiplies the weights with."""
+        """Which weights dropout keeps, and what it multiplies them with."""
         p = self.options.get("dropout", 0.0)
         if not p:
-            return 1.0
+            return None
         row = (b * self.H + heads)[:, None] * self.Tq + queries
         index = row[None, :, :, None] * self.Tk + keys
-        return keep_mask(index, p, self.options.get("seed", 0)) / (1 - p or 1)
+        return keep_mask(index, p, self.options.get("seed", 0)), 1 / (1 - p or 1)
 
     def _gradients(self, b, heads, queries, take):
         do = take(self.dys["o"][b, heads][None, :, queries])
@@ -260,3 +265,43 @@ def paged_attention_parts(inputs, options, dys, rng):
         return Part({"o": Take(rows)}, compute, runs=runs)
 
     return [part(int(b)) for b in spread(B, _GROUPS, rng)]
+
+
+def additive_attention_parts(inputs, options, dys, rng):
+    """The parts of `additive_attention`: some rows of the batch, some columns of the weights."""
+    (B, Tq, _), Tk, A = inputs["q"].shape, inputs["k"].shape[1], len(inputs["w"])
+    weights = ("w_q", "w_k", "w")
+    names = [*(f"d{name}" for name in inputs)]
+
+    def of_row(b, take):
+        """{tensor: values} of one row of the batch; of the weights, its share."""
+        arrays = (take(x if n in weights else x[b : b + 1]) for n, x in inputs.items())
+        lengths = options.get("lengths")
+        row = {} if lengths is None else {"lengths": lengths[b : b + 1]}
+        o, cache = additive_attention(*arrays, **row)
+        if dys is None:
+            return {"o": o}
+        gradients = additive_attention_backward(take(dys["o"][b : b + 1]), cache)
+        return {"o": o} | dict(zip(names, gradients))
+
+    def part(b):
+        places = {"o": Tq, "dq": Tq, "dk": Tk, "dv": Tk}
+        takes = {n: Take(b * T + np.arange(T)) for n, T in places.items() if dys or n == "o"}
+
+        def compute(arithmetic):
+            found = of_row(b, taken_in(arithmetic))
+            return {name: found[name] for name in takes}
+
+        return Part(takes, compute, runs=runs_for(4 * Tq * Tk * A))
+
+    columns = spread(A, _COLUMNS, rng)
+
+    def summed(arithmetic):
+        rows = [of_row(b, taken_in(arithmetic)) for b in range(B)]
+        return {f"d{n}": sum(row[f"d{n}"][..., columns] for row in rows) for n in weights}
+
+    parts = [part(int(b)) for b in spread(B, _GROUPS, rng)]
+    if dys is None:
+        return parts
+    takes = {f"d{n}": Take(np.arange(inputs[n].size // A), columns) for n in weights}
+    return [*parts, Part(takes, summed, runs=runs_for(4 * B * Tq * Tk * A))]

@@ -141,7 +141,12 @@ def _adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, foreach=False)
 
 
 _TORCH = [
-    Variant("attention-torch-sdpa", "attention", _sdpa, expression="not (return_lse or dropout)"),
+    Variant(
+        "attention-torch-sdpa",
+        "attention",
+        _sdpa,
+        expression="not (return_lse or dropout or stride or cosine)",
+    ),
     # in 16 bits its CPU kernel rounds more than it must
     Variant("layer_norm-torch", "layer_norm", _layer_norm, ("float32",), _COLUMNS),
     Variant(
@@ -247,6 +252,18 @@ _MODELS = [
         "adamw", models.AdamW, 12,
         form=("textbook", "torch", "folded"), lerp=(False, True), decay=("first", "update"),
         in_place=(False, True),
+    ),
+    *_drawn(
+        "adam", models.Adam, 9,
+        form=("textbook", "torch", "folded"), lerp=(False, True), decay=("first", "update"),
+        in_place=(False, True),
+    ),
+    *_drawn(
+        "additive_attention", models.AdditiveAttention, 12,
+        h_rounded=(False, True), t_rounded=(False, True), p_rounded=(False, True),
+        ds_rounded=(False, True), dh_rounded=(False, True), recompute=(False, True),
+        delta=("unrounded", "stored", "p_dp"), order=("forward", "backward", "outside_in"),
+        step=(None, 1, 4, 16),
     ),
     *_drawn(
         "sample", models.Sample, 8,
