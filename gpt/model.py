@@ -64,26 +64,23 @@ def torch_device(device):
     return torch.device(device)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One pass through the model: which kernels, which cache, and what is dropped."""
+    """One pass through the model: which kernels, which cache, and what is dropped.
+
+    Each place that drops has a number of its own, which is added to the seed: a counter would stand
+    still where torch.compile meets a hook.
+    """
 
     impl: str
     cache: KVCache | None
     dropout: float
     seed: int
 
-    def next_seed(self):
-        """A seed that no other place of this pass has."""
-        self.seed += 1
-        return self.seed
-
-    def drop(self, x):
-        return (
-            kernels.dropout(x, self.dropout, self.next_seed(), impl=self.impl)
-            if self.dropout
-            else x
-        )
+    def drop(self, x, place):
+        if not self.dropout:
+            return x
+        return kernels.dropout(x, self.dropout, self.seed + place, impl=self.impl)
 
 
 class Affine(nn.Module):
@@ -120,7 +117,7 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
+        self.n_head, self.layer, self.place = config.n_head, layer, 3 * layer + 2
         self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
         self.c_proj = Affine(config.n_embd, config.n_embd)
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
@@ -133,26 +130,27 @@ class Attention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         if run.cache is None:
             o = kernels.attention(
-                q, k, v, causal=True, scale=self.scale, dropout=run.dropout, seed=run.next_seed(),
-                impl=run.impl,
+                q, k, v, causal=True, scale=self.scale, dropout=run.dropout,
+                seed=run.seed + self.place, impl=run.impl,
             )  # fmt: skip
         else:
             o = run.cache.attend(self.layer, q, k, v, self.scale, run.impl)
-        return run.drop(self.c_proj(o.transpose(1, 2).reshape(B, T, C)))
+        return run.drop(self.c_proj(o.transpose(1, 2).reshape(B, T, C)), self.place + 1)
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Affine(config.n_embd, n_inner)
         self.c_proj = Affine(n_inner, config.n_embd)
-        self.activation = config.activation
+        self.activation, self.place = config.activation, 3 * layer + 4
 
     def forward(self, x, run):
         w1, b1 = self.c_fc.pair(x.dtype)
         w2, b2 = self.c_proj.pair(x.dtype)
-        return run.drop(kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=run.impl))
+        y = kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=run.impl)
+        return run.drop(y, self.place)
 
 
 class Block(nn.Module):
@@ -161,7 +159,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config.n_embd, config.eps)
         self.attn = Attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, h, x, run):
         """The residual stream h, and x, which the next norm adds to it."""
@@ -179,11 +177,12 @@ class KVCache:
     def __init__(self, model, batch):
         c, like = model.config, model.wte.weight
         shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.k = torch.empty(shape, dtype=model.compute_dtype or like.dtype, device=like.device)
+        self.k = torch.empty(shape, dtype=model.activation_dtype(), device=like.device)
         self.v = torch.empty_like(self.k)
         self.pages = torch.arange(batch, dtype=torch.int32, device=like.device)[:, None]
         self.length = 0
 
+    @torch.no_grad()
     def attend(self, layer, q, k, v, scale, impl):
         """Append a layer's keys and values, and attend to all of that layer's so far."""
         end = self.length + k.shape[2]
@@ -203,9 +202,10 @@ class GPT(nn.Module):
 
     impl:          which kernels: "auto", "triton" or "eager".
     compute_dtype: activations and the weights they meet are cast to it; None keeps the weights'.
+                   torch.autocast's dtype goes before it.
     dropout:       the share of embeddings, attention weights and both projections' outputs that is
                    dropped while the model is in training mode.
-    dropout_seed:  which ones, 0 … 2⁴⁷; another one for each step.
+    dropout_seed:  which ones, 0 … 2⁴⁷: the caller gives each step another, here or to `forward`.
     """
 
     def __init__(self, config, impl="auto"):
@@ -228,27 +228,43 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None, attention_mask=None, *, cache=None, fused_loss=False):
+    def activation_dtype(self):
+        """The torch dtype of activations, and of the weights where they meet."""
+        device = self.wte.weight.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return torch_dtype(self.compute_dtype or self.wte.weight.dtype)
+
+    def forward(
+        self, idx, targets=None, attention_mask=None, *, cache=None, fused_loss=False,
+        dropout_seed=None,
+    ):  # fmt: skip
         """Logits, and the mean cross-entropy where targets are given.
 
         idx, targets: (B, T) int; targets are already shifted, −100 is ignored.
         attention_mask: (B, T), 0 at padding on either side; positions count the tokens that are
         not padding. Logits at padding are 0 and its targets are ignored.
         fused_loss: the loss comes straight from the head, whose logits are never stored.
+        dropout_seed: the model's by default. torch.compile takes an attribute for a constant and
+        compiles anew for each seed there; given here, it compiles once.
         Returns (logits (B, T, V), loss or None); (None, loss) with fused_loss.
         Raises ValueError for shapes, ids out of range (on a CPU) or more than block_size tokens.
         """
         self._expect_ids(idx, 0 if cache is None else cache.length)
         if attention_mask is not None and cache is not None:
             raise ValueError("GPT: attention_mask must be None with a cache, got a mask; drop one")
+        if cache is not None and cache.k.shape[1] != idx.shape[0]:
+            raise ValueError(
+                f"GPT: cache must be for idx's rows, {idx.shape[0]}, got one for {cache.k.shape[1]}"
+            )
         if fused_loss and targets is None:
             raise ValueError("GPT: fused_loss must have targets, got None; pass them")
-        keep = None
+        keep, seed = None, self.dropout_seed if dropout_seed is None else dropout_seed
         if attention_mask is None:
-            x = self._trunk(idx, cache)
+            x = self._trunk(idx, seed, cache)
         else:
             keep = self._kept(idx, attention_mask)
-            x = self._padded_trunk(idx, keep)
+            x = self._padded_trunk(idx, seed, keep)
             if targets is not None:
                 targets = targets.masked_fill(~keep, -100)
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
@@ -262,7 +278,7 @@ class GPT(nn.Module):
             return logits, None
         return logits, kernels.cross_entropy(logits, targets, impl=self.impl)
 
-    def _trunk(self, idx, cache=None):
+    def _trunk(self, idx, seed, cache=None):
         """What the head reads, (B, T, C)."""
         positions = None
         if cache is not None and cache.length:
@@ -271,18 +287,18 @@ class GPT(nn.Module):
         wte, wpe = self.wte.weight, self.wpe.weight
         h = kernels.embedding(idx, wte, wpe, positions, impl=self.impl)
         # whatever seed the caller counts with, the places of two passes have different ones
-        run = Run(self.impl, cache, self.dropout if self.training else 0.0, self.dropout_seed << 16)
-        h, x = run.drop(h.to(self.compute_dtype or h.dtype)), None
+        run = Run(self.impl, cache, self.dropout if self.training else 0.0, seed << 16)
+        h, x = run.drop(h.to(self.activation_dtype()), 1), None
         for block in self.h:
             h, x = block(h, x, run)
         if cache is not None:
             cache.length += idx.shape[1]
         return self.ln_f(h, x, run)[0]
 
-    def _padded_trunk(self, idx, keep):
+    def _padded_trunk(self, idx, seed, keep):
         """Move padding behind the tokens, where causality hides it, and what comes out back."""
         order = keep.long().argsort(dim=1, descending=True, stable=True)
-        x = self._trunk(idx.gather(1, order))
+        x = self._trunk(idx.gather(1, order), seed)
         return x.gather(1, order.argsort(dim=1)[..., None].expand_as(x))
 
     def _kept(self, idx, attention_mask):

@@ -201,6 +201,11 @@ def _configuration(V, dtype):
     )
 
 
+def _held(temperature):
+    """The nearest temperature that float32 can divide by."""
+    return min(max(temperature, _COLDEST), _HOTTEST)
+
+
 def _forward(logits, u, temperature, top_k, top_p, min_p):
     """logits (M, V), u (M,) -> token (M,)."""
     M, V = logits.shape
@@ -208,7 +213,7 @@ def _forward(logits, u, temperature, top_k, top_p, min_p):
     greedy = temperature == 0
     if greedy:
         top_k = top_p = min_p = None
-    temperature = min(max(temperature, _COLDEST), _HOTTEST)
+    temperature = _held(temperature)
     launch(
         _sample_fwd_kernel, M,
         logits, u.contiguous(), token, *logits.stride(), V,
@@ -245,7 +250,7 @@ def _eager(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
     x = wide(logits)
     if temperature == 0:
         return x.argmax(-1)
-    s = x / temperature
+    s = x / _held(temperature)
     kept = s > -math.inf
     if top_k is not None:
         kept = kept & (s >= s.topk(min(top_k, s.shape[-1])).values[..., -1:])

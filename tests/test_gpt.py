@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from gaugeblock.gpt import GPT, GPTConfig, KVCache
 from gaugeblock.gpt.generate import sample
 from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
@@ -168,6 +169,30 @@ def test_past_the_context_is_an_error_or_slides(saved):
     assert torch.equal(*long)
 
 
+def test_past_the_context_it_goes_on_from_the_last_half(saved, monkeypatch):
+    model, seen = ours(saved[1]), []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *a, **k: seen.append(a[1]) or forward(*a, **k))
+    said = model.generate(tokens(1, 30), 14, 0, slide=True, use_cache=False)
+    # all of the context, then half of it and what is new
+    lengths = [24, *range(13, 25), 13]
+    for i, (idx, length) in enumerate(zip(seen, lengths, strict=True)):
+        assert torch.equal(idx, said[:, 30 + i - length : 30 + i])
+
+
+def test_each_token_has_a_draw_of_its_own_and_the_filters(saved, monkeypatch):
+    model, idx, seen = ours(saved[1]), tokens(2, 3), []
+    greedy = model.generate(idx, 9, 0)
+    for options in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-3)):
+        assert torch.equal(model.generate(idx, 9, seed=1, **options), greedy)
+    op = kernels.sample
+    monkeypatch.setattr(
+        kernels, "sample", lambda x, u, *a, **k: seen.append(u) or op(x, u, *a, **k)
+    )
+    model.generate(idx, 9, seed=1)
+    assert len(torch.cat(seen).unique()) == 18
+
+
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_padding_changes_nothing(saved, side):
     theirs, directory = saved
@@ -292,6 +317,18 @@ def test_a_directory_without_weights_is_refused(saved, tmp_path, model):
     (tmp_path / "config.json").write_text((saved[1] / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"must hold model\.safetensors"):
         model.from_pretrained(tmp_path)
+
+
+def test_a_prompt_that_is_no_text_is_refused_in_one_line(saved, tmp_path):
+    ours(saved[1]).save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    ran = gaugeblock(
+        "generate", "--model", tmp_path, "--prompt", b"a\xff".decode(errors="surrogateescape")
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert (
+        ran.stderr == "gaugeblock: tokenizer: text must be UTF-8, character 1 is not; convert it\n"
+    )
 
 
 def test_broken_files_are_refused_in_one_line(saved, tmp_path):
@@ -430,6 +467,98 @@ def test_dropout_is_for_training_and_follows_its_seed(saved):
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], whole)
+
+
+def test_each_place_that_drops_has_a_seed_of_its_own(saved, monkeypatch):
+    seeds = []
+    for name, at in (("dropout", 2), ("attention", None)):
+        op = getattr(kernels, name)
+
+        def spied(*args, op=op, at=at, **options):
+            seeds.append(options["seed"] if at is None else args[at])
+            return op(*args, **options)
+
+        monkeypatch.setattr(kernels, name, spied)
+    model = ours(saved[1])
+    model.dropout = 0.1
+    for step in (0, 1):
+        model(tokens(1, 3), dropout_seed=step)
+    # embedding; attention and two projections of each layer
+    assert len(seeds) == len(set(seeds)) == 2 * (1 + 3 * SIZES["n_layer"])
+
+
+def test_generation_drops_nothing_and_leaves_the_mode_as_it_was(saved):
+    model, idx = ours(saved[1], "float32"), tokens(2, 5)
+    want = model.generate(idx, 12, 0)
+    model.dropout = 0.5
+    for training in (True, False):
+        model.train(training)
+        for use_cache in (True, False):
+            assert torch.equal(model.generate(idx, 12, 0, use_cache=use_cache), want)
+            assert model.training == training == model.h[0].training
+
+    def fails(*_):
+        raise IndexError("a fault")
+
+    model.train().register_forward_hook(fails)
+    with pytest.raises(IndexError, match="a fault"):
+        model.generate(idx, 1)
+    assert model.training
+
+
+def test_what_is_cached_has_no_gradient(saved):
+    model = ours(saved[1])
+    cache = KVCache(model, 2)
+    for count in (18, 3, 1):
+        # outside of no_grad, a graph would grow with every token
+        model(tokens(2, count), cache=cache)
+    assert not cache.k.requires_grad and not cache.v.requires_grad
+    with pytest.raises(ValueError, match="cache must be for idx's rows, 3, got one for 2"):
+        model(tokens(3, 1), cache=cache)
+    assert cache.length == 22
+
+
+def test_generation_needs_rows(saved):
+    with pytest.raises(ValueError, match=r"generate: idx must have shape \(B, T\), got \(5,\)"):
+        ours(saved[1]).generate(tokens(1, 5)[0], 2)
+
+
+def test_a_compiled_model_is_not_compiled_anew_for_each_dropout_seed(saved):
+    model, idx, targets = ours(saved[1], "float32"), tokens(2, 13), tokens(2, 13, seed=1)
+    model.dropout = 0.3
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    losses = []
+    for model.dropout_seed in range(2**40, 2**40 + 4):
+        losses.append(model(idx, targets)[1])
+    model.dropout_seed = 0
+    for seed, loss in zip(range(2**40, 2**40 + 4), losses):
+        assert torch.equal(model(idx, targets, dropout_seed=seed)[1], loss)
+        assert torch.equal(compiled(idx, targets, dropout_seed=seed)[1], loss)
+    assert len(set(losses)) == 4
+    # the first seed as a constant, all others as a symbol
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_autocast_and_names_choose_the_dtype_of_activations(saved, impl):
+    idx, targets = tokens(2, 7).to(DEVICE), tokens(2, 7, seed=1).to(DEVICE)
+    model = ours(saved[1], "float32", impl).to(DEVICE)
+    for model.compute_dtype in ("bfloat16", torch.bfloat16):
+        want, loss = model(idx, targets)
+        assert want.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    said = model.generate(idx, 3, 0)
+    model.compute_dtype = None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got, loss = model(idx, targets)
+        again = model.generate(idx, 3, 0)
+    assert got.dtype == torch.bfloat16
+    # plain torch multiplies in the narrow dtype there, the kernels do not
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
+    if impl == "triton":
+        assert torch.equal(got, want) and torch.equal(again, said)
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_all_kernels_drop_the_same_as_their_twins(saved):
