@@ -117,7 +117,8 @@ SPECIAL = {
     "ffn": [
         *(_gelu(f"{a}_{name}", z, a) for a in ("gelu", "gelu_tanh") for name, z in _FAR.items()),
         Case("relu", M=1, C=2, F=3, activation="relu"),
-        Case("gelu_offset", M=1, C=2, F=3, activation="gelu", values={"b1": EXTREMES["offset_1e4"]}),
+        Case("gelu_offset", M=1, C=2, F=3, activation="gelu", values={
+            "b1": EXTREMES["offset_1e4"]}),
         Case("residual", M=1, C=2, F=2, keywords=("residual",)),
     ],
     "cross_entropy": [
@@ -142,7 +143,8 @@ SPECIAL = {
     ],
     "dropout": [Case("mostly_dropped", M=4, N=5, p=0.99, seed=-1)],
     "adamw": [
-        Case("first_step", M=2, N=3, **_ADAMW | dict(step=1), values={"m": _on_zero, "v": _on_zero}),
+        Case("first_step", M=2, N=3, **_ADAMW | dict(step=1), values={
+            "m": _on_zero, "v": _on_zero}),
         Case("late", M=2, N=3, **_ADAMW | dict(step=100_000)),
         Case("tiny_gradients", M=2, N=3, **_ADAMW, values={
             "g": EXTREMES["tiny"], "m": EXTREMES["tiny"], "v": _on_zero}),

@@ -89,7 +89,7 @@ def _torch_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
 
 
 def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """The scores as Hugging Face's warpers leave them, in the order in which `generate` has them."""
+    """The scores as Hugging Face's warpers leave them, in the order of `generate`."""
     import transformers
 
     if temperature == 0:

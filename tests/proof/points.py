@@ -1,4 +1,4 @@
-"""The reference at a point: inputs of a case, outputs, gradients. One table of ops for all proofs."""
+"""The reference at a point: inputs of a case, outputs, gradients. One table for all proofs."""
 
 from __future__ import annotations
 
