@@ -1,32 +1,42 @@
-"""Scaled dot-product attention over the keys that a mask lets through.
+"""Scaled attention over the keys that a mask lets through, by dot product or by cosine.
 
     s = scale·q kᵀ where key j is visible to query i, else −∞
     p = softmax(s),   p̃ = p ⊙ keep/(1 − dropout),   o = p̃ v,   lse = log Σ exp(s)
     dv = p̃ᵀ do,   dp = (do vᵀ) ⊙ keep/(1 − dropout)
     ds = p ⊙ (dp − rowsum(do ⊙ o) + dlse),   dq = scale·ds k,   dk = scale·dsᵀ q
 
+    score="cosine":  the same of q̂ = q/‖q‖ and k̂ = k/‖k‖ with scale/τ_h for scale
+    dq = (dq̂ − q̂ rowsum(q̂ ⊙ dq̂))/‖q‖,   dk likewise,   dτ_h = −Σ q̂ ⊙ dq̂/τ_h over head h
+
 Row b has n = lengths[b] keys (Tk without lengths). Query i stands at i' = i + n − Tq
 (`align="bottom_right"`, the meaning of a key/value cache) or at i' = i (`align="top_left"`).
 Causal: it sees keys j ≤ i'. A window of w keeps j > i' − w and, where not causal, |i' − j| < w;
-keys j < global_tokens are exempt from the window. `cu_seqlens` packs documents along T: each sees
-itself alone, and positions count from its start. Query head h reads key head h // (H // Hkv).
+exempt from the window are keys j < global_tokens and, with a stride of l, those with
+(i' − j) mod l = 0: window=1 is the strided head alone, window=l the merged one. `cu_seqlens` packs
+documents along T: each sees itself alone, and positions count from its start. Query head h reads
+key head h // (H // Hkv).
+
+scale is D^(−1/2) by default, and 1 for cosines; τ is `temperature`, finite and not 0, or 1. A
+vector of zeros has cosine 0 with everything, and no gradient.
 
 A query that sees nothing gives o = 0, lse = −∞ and no gradient; a key that no query sees changes
 nothing, whatever it holds. Dropout keeps score ((b·H + h)·Tq + i)·Tk + j as `dropout` keeps an
 element of that index.
 
-Shapes: q, o (B, H, Tq, D); k, v (B, Hkv, Tk, D); lse (B, H, Tq); lengths (B,); cu_seqlens (n + 1,).
-dtype float64.
+Shapes: q, o (B, H, Tq, D); k, v (B, Hkv, Tk, D); lse (B, H, Tq); temperature (H,);
+lengths (B,); cu_seqlens (n + 1,). dtype float64. Memory: three arrays of (B, H, Tq, Tk) at most.
 Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; the backward as in Dao et al. 2022,
 arXiv:2205.14135, appendix B; windows and global tokens as in Beltagy et al. 2020, arXiv:2004.05150;
-grouped heads as in Ainslie et al. 2023, arXiv:2305.13245.
+grouped heads as in Ainslie et al. 2023, arXiv:2305.13245; strides as in Child et al. 2019,
+arXiv:1904.10509, section 4; cosines as in Henry et al. 2020, arXiv:2010.04245, and, with a learned
+temperature, Liu et al. 2022, arXiv:2111.09883.
 """
 
 import numpy as np
 
 from ._checks import expect_choice, expect_integer, expect_shape
 from ._philox import expect_dropout, keep_mask
-from ._rounding import floats, otherwise, rescaled, stored
+from ._rounding import floats, otherwise, rescaled, sharper, stored
 
 
 def visible_keys(
@@ -36,6 +46,7 @@ def visible_keys(
     causal=False,
     align="bottom_right",
     window=None,
+    stride=None,
     global_tokens=0,
     lengths=None,
     cu_seqlens=None,
@@ -59,7 +70,10 @@ def visible_keys(
         near = j > i + shift - window
         if not causal:
             near = near & (j < i + shift + window)
-        visible = visible & (near | (j < global_tokens))
+        exempt = j < global_tokens
+        if stride is not None:
+            exempt = exempt | ((i + shift) % stride == j % stride)
+        visible = visible & (near | exempt)
     return visible[:, None]
 
 
@@ -71,63 +85,74 @@ def attention(
     causal=False,
     align="bottom_right",
     window=None,
+    stride=None,
     global_tokens=0,
     lengths=None,
     cu_seqlens=None,
+    score="dot",
     scale=None,
+    temperature=None,
     dropout=0.0,
     seed=0,
     return_lse=False,
 ):
     """o = softmax(scale·q kᵀ) v  ->  o, cache; ((o, lse), cache) with return_lse."""
-    q, k, v = floats(q, k, v)
-    _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens)
+    q, k, v, temperature = floats(q, k, v, temperature)
+    _check(q, k, v, align, window, stride, global_tokens, lengths, cu_seqlens)
+    _expect_score(score, temperature, q.shape[1])
     expect_dropout("attention", "dropout", dropout, seed)
     (_, H, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
-    scale = D**-0.5 if scale is None else float(scale)
 
     visible = visible_keys(
-        Tq, Tk, causal=causal, align=align, window=window, global_tokens=global_tokens,
-        lengths=lengths, cu_seqlens=cu_seqlens,
+        Tq, Tk, causal=causal, align=align, window=window, stride=stride,
+        global_tokens=global_tokens, lengths=lengths, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    keep = 1.0
+    keep = normal = None
     if dropout:
-        keep = keep_mask((len(q), H, Tq, Tk), dropout, seed) / (1 - dropout or 1)
+        keep = keep_mask((len(q), H, Tq, Tk), dropout, seed), 1 / (1 - dropout or 1)
+    if score == "cosine":
+        sees, seen = _sight(visible)
+        q, q_rate = _direction(np.where(sees, q, 0.0))
+        k, k_rate = _direction(np.where(seen, k, 0.0))
+        normal = q, q_rate, k, k_rate, temperature
+    default = D**-0.5 if score == "dot" else 1.0
+    scale = default if scale is None else float(scale)
+    scale = scale if temperature is None else scale / temperature[:, None, None]
     (o, lse), cache = attend(q, k, v, visible, keep, scale)
-    return ((o, lse) if return_lse else o), (*cache, Hkv, return_lse)
+    return ((o, lse) if return_lse else o), (*cache, Hkv, return_lse, normal)
 
 
 def attend(q, k, v, visible, keep, scale):
     """(o, lse), cache of any queries over any keys, where `visible` says who sees whom.
 
-    keep: what the weights are multiplied with after the softmax, for dropout.
+    keep: (which weights are kept after the softmax, what those are multiplied with), for dropout;
+    None keeps them all.
     """
     repeats = q.shape[1] // k.shape[1]
-    sees, seen = visible.any(-1, keepdims=True), visible.any(-2)[..., None]
+    sees, seen = _sight(visible)
     q = np.where(sees, q, 0.0)
     k, v = (_for_heads(x, seen, repeats) for x in (k, v))
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        s = _scores(q, k, visible, scale)
-        m = np.where(sees, s.max(-1, keepdims=True, initial=-np.inf), 0.0)
-        total = np.exp(s - m).sum(-1, keepdims=True)
-        lse = m + np.log(total)
-        lse_seen = np.where(sees, lse, 0.0)
-        p = np.exp(s - rescaled(lse_seen))
-        o = np.where(sees, stored(stored(p, unit=total) * keep @ v), 0.0)
-    return (o, lse[..., 0]), (q, k, v, o, p, lse_seen, keep, visible, scale)
+        p, total, lse = _softmax(_scores(q, k, visible, scale), sees)
+        o = np.where(sees, stored(_dropped(stored(p, unit=total), keep) @ v), 0.0)
+    return (o, lse[..., 0]), (q, k, v, o, p, np.where(sees, lse, 0.0), keep, visible, scale)
 
 
 def attention_backward(dy, cache):
-    """-> dq, dk, dv. dy is do, or (do, dlse) where lse was returned."""
-    *cache, Hkv, return_lse = cache
+    """-> dq, dk, dv, and dtemperature where it was given. dy is do, or (do, dlse) with lse."""
+    *cache, Hkv, return_lse, normal = cache
     q, k, _, _, _, _, keep, _, scale = cache
     do, dlse = floats(*dy) if return_lse else (floats(dy), None)
     p, do = weights_again(do, cache)
-    dv = _value_gradient(p, keep, do)
+    dv = _over_groups(_value_gradient(p, keep, do), Hkv)
     ds = score_gradient(p, do, dlse, cache)
-    dq, dk = scale * (ds @ k), scale * (ds.swapaxes(-1, -2) @ q)
-    return dq, _over_groups(dk, Hkv), _over_groups(dv, Hkv)
+    dq, dk = scale * (ds @ k), _over_groups(scale * (ds.swapaxes(-1, -2) @ q), Hkv)
+    if normal is None:
+        return dq, dk, dv
+    q, q_rate, k, k_rate, temperature = normal
+    dtemperature = () if temperature is None else (-(q * dq).sum((0, 2, 3)) / temperature,)
+    return _direction_gradient(dq, q, q_rate), _direction_gradient(dk, k, k_rate), dv, *dtemperature
 
 
 def weights_again(do, cache):
@@ -143,13 +168,26 @@ def score_gradient(p, do, dlse, cache):
     _, _, v, o, _, _, keep, visible, _ = cache
 
     def delta(dp):
-        total = (do * o).sum(-1, keepdims=True)
-        total = otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
+        def legal():
+            total = (do * o).sum(-1, keepdims=True)
+            return otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
+
+        total = sharper(dp, lambda: _mean_of_shifted(p, dp), legal)
         if dlse is None:
             return total
         return total - np.where(visible.any(-1, keepdims=True), dlse[..., None], 0.0)
 
     return _score_gradient(p, do, v, keep, delta)
+
+
+def _mean_of_shifted(p, dp):
+    """rowsum(p ⊙ dp), with dp shifted in place so that it is 0 at the largest weight.
+
+    As Σ p = 1 the shift does not show in dp − rowsum(p ⊙ dp), which would cancel where one key has
+    nearly all the weight: what is left is of the other keys' size, exactly 0 where there is none.
+    """
+    dp -= np.take_along_axis(dp, p.argmax(-1, keepdims=True), -1)
+    return np.einsum("...j,...j->...", p, dp)[..., None]
 
 
 def key_gradients(do, q, k, v, lse, delta, visible, keep, scale):
@@ -168,12 +206,64 @@ def key_gradients(do, q, k, v, lse, delta, visible, keep, scale):
 
 
 def _value_gradient(p, keep, do):
-    return (stored(p) * keep).swapaxes(-1, -2) @ do
+    return _dropped(stored(p), keep).swapaxes(-1, -2) @ do
 
 
 def _score_gradient(p, do, v, keep, delta):
-    dp = stored(do @ v.swapaxes(-1, -2)) * keep
-    return stored(p * (dp - delta(dp)))
+    dp = _dropped(stored(do @ v.swapaxes(-1, -2)), keep)
+    # not a third name: no more than three arrays of scores are alive
+    dp = dp - delta(dp)
+    return stored(p * dp)
+
+
+def _dropped(p, keep):
+    """p ⊙ keep/(1 − dropout)."""
+    if keep is None:
+        return p
+    kept, rate = keep
+    p = p * kept
+    return p * rate
+
+
+def _softmax(s, sees):
+    """p, Σ exp(s − max), lse; lse is −∞ in rows that see nothing."""
+    m = np.where(sees, s.max(-1, keepdims=True, initial=-np.inf), 0.0)
+    e = np.exp(s - m)
+    total = e.sum(-1, keepdims=True)
+
+    def exact():
+        # all keys but the largest may be too small to show in a total near 1
+        largest = s.argmax(-1, keepdims=True)
+        one = np.take_along_axis(e, largest, -1)
+        np.put_along_axis(e, largest, 0.0, -1)
+        lse = m + np.where(sees, np.log1p(e.sum(-1, keepdims=True)), -np.inf)
+        np.put_along_axis(e, largest, one, -1)
+        return np.divide(e, np.where(sees, total, 1.0), out=e), lse
+
+    def legal():
+        lse = m + np.log(total)
+        return np.exp(s - rescaled(np.where(sees, lse, 0.0))), lse
+
+    p, lse = sharper(s, exact, legal)
+    return p, total, lse
+
+
+def _direction(x):
+    """(x/‖x‖, 1/‖x‖) of rows, both 0 where x is."""
+    norm = np.sqrt((x * x).sum(-1, keepdims=True))
+    rate = 1 / np.where(norm == 0, np.inf, norm)
+    return stored(x * rate), rate
+
+
+def _direction_gradient(dxhat, xhat, rate):
+    """dx = (dx̂ − x̂ rowsum(x̂ ⊙ dx̂))/‖x‖."""
+    dxhat = stored(dxhat)
+    return rate * (dxhat - xhat * (xhat * dxhat).sum(-1, keepdims=True))
+
+
+def _sight(visible):
+    """(which queries see something, which keys somebody sees), (…, Tq, 1) and (…, Tk, 1)."""
+    return visible.any(-1, keepdims=True), visible.any(-2)[..., None]
 
 
 def _weights(q, k, lse, visible, scale):
@@ -197,7 +287,24 @@ def _over_groups(dk, Hkv):
     return dk if Hkv == H else dk.reshape(B, Hkv, H // Hkv, Tk, D).sum(2)
 
 
-def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens):
+def _expect_score(score, temperature, H):
+    expect_choice("attention", "score", score, ("dot", "cosine"))
+    if temperature is None:
+        return
+    if score != "cosine":
+        raise ValueError(
+            f"attention: temperature must come with score='cosine', got score={score!r}; "
+            "scale multiplies dot products"
+        )
+    expect_shape("attention", "temperature", temperature, "(H,)", (H,))
+    wrong = ~np.isfinite(temperature) | (temperature == 0)
+    if wrong.any():
+        raise ValueError(
+            f"attention: temperature must be finite and not 0, got {temperature[wrong][0]}"
+        )
+
+
+def _check(q, k, v, align, window, stride, global_tokens, lengths, cu_seqlens):
     expect_shape("attention", "q", q, "(B, H, Tq, D)", (None,) * 4)
     B, H, Tq, D = q.shape
     expect_shape("attention", "k", k, "(B, Hkv, Tk, D)", (B, None, None, D))
@@ -215,6 +322,8 @@ def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens):
         raise ValueError(
             f"attention: window must be at least 1 (a key itself), got {window}; None has no window"
         )
+    if stride is not None:
+        _expect_stride(stride, window)
     if global_tokens < 0:
         raise ValueError(f"attention: global_tokens must be at least 0, got {global_tokens}")
     if lengths is not None:
@@ -223,6 +332,17 @@ def _check(q, k, v, align, window, global_tokens, lengths, cu_seqlens):
         if lengths is not None:
             raise ValueError("attention: cu_seqlens must come without lengths, got both; give one")
         _expect_documents(cu_seqlens, B, Tq, Tk)
+
+
+def _expect_stride(stride, window):
+    expect_integer("attention", "stride", stride)
+    if stride < 1:
+        raise ValueError(f"attention: stride must be at least 1, got {stride}")
+    if window is None:
+        raise ValueError(
+            "attention: stride must come with a window, got none; "
+            "window=1 is the strided head alone, window=stride the merged one"
+        )
 
 
 def _expect_lengths(lengths, B, Tk):

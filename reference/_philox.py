@@ -21,6 +21,8 @@ from ._checks import expect_integer
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+# elements of a mask that are drawn at once
+_BLOCK = 2**16
 
 
 def philox(counter, key, rounds=10):
@@ -46,9 +48,15 @@ def keep_mask(index, p, seed):
 
     index: the counters, an integer array; or a shape, whose elements are counted in C order.
     """
-    if isinstance(index, tuple):
-        index = np.arange(math.prod(index), dtype=np.uint64).reshape(index)
-    return words(index, seed) >= math.floor(p * 2**32)
+    least = math.floor(p * 2**32)
+    if not isinstance(index, tuple):
+        return words(index, seed) >= least
+    # words take a hundred times the memory of their mask
+    kept = np.empty(math.prod(index), bool)
+    for start in range(0, kept.size, _BLOCK):
+        counters = np.arange(start, min(start + _BLOCK, kept.size), dtype=np.uint64)
+        kept[start : start + _BLOCK] = words(counters, seed) >= least
+    return kept.reshape(index)
 
 
 def expect_dropout(op, name, p, seed):

@@ -1,6 +1,7 @@
 """Bad input gets a one-line error with name and rule, the same from every implementation."""
 
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -42,8 +43,31 @@ def test_the_reference_refuses(op, wrong):
     refuses(op.called(getattr(reference, op.name)), inputs, options, wrong)
 
 
+def is_declared(op, wrong):
+    """Whether the kernel has the options and the keyword inputs that a wrong call sets."""
+    named = {
+        *wrong.options,
+        *(name for name in wrong.shapes if getattr(op.inputs[name], "keyword", False)),
+    }
+    return named <= set(inspect.signature(getattr(kernels, op.name)).parameters)
+
+
+ASKED = [p for p in WRONGS if p.values[0].kernel is None and is_declared(*p.values)]
+
+
+def test_a_kernel_is_asked_everything_that_it_takes():
+    left_out = {p.id for p in WRONGS if p.values[0].kernel is None} - {p.id for p in ASKED}
+    assert left_out == {
+        f"attention-{name}"
+        for name in (
+            "stride_alone", "stride_zero", "half_a_stride", "unknown_score",
+            "temperature_of_dots", "temperatures",
+        )
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("impl", ["triton", "eager"])
-@pytest.mark.parametrize(("op", "wrong"), [p for p in WRONGS if p.values[0].kernel is None])
+@pytest.mark.parametrize(("op", "wrong"), ASKED)
 def test_the_kernels_refuse(op, wrong, impl):
     inputs, options = wrong_call(op, wrong)
     tensors = {n: torch.from_numpy(x) for n, x in inputs.items()}

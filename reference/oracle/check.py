@@ -17,7 +17,7 @@ from .sampled import expectation_of, fits
 from .shrink import SECONDS, shrunk
 
 # checked only in functions that declare them
-_OPTIONAL = {"return_lse", "dropout"}
+_OPTIONAL = {"return_lse", "dropout", "score", "stride"}
 _COVERED = tuple(layout for layout in LAYOUTS if layout not in ("contiguous", "bthd"))
 
 

@@ -20,7 +20,7 @@ from .values import (
     tiny,
 )
 
-_MASKS = ("causal", "align", "window", "global_tokens", "lengths", "cu_seqlens")
+_MASKS = ("causal", "align", "window", "stride", "global_tokens", "lengths", "cu_seqlens")
 
 
 def _visible(options, Tq, Tk):
@@ -112,7 +112,75 @@ def _nan_seen(inputs, options):
         "dq": by_query[..., None, None],
         "dk": heads[..., None, None],
         "dv": heads[..., None, None],
+        "dtemperature": by_query.any(0),
     }
+
+
+def _cosine(name, *sizes, temperature=True, values=None, **rest):
+    """A case of cosines, with temperatures at which the weights differ."""
+    if temperature:
+        rest["keywords"] = ("temperature",)
+        values = {"temperature": _learned} | (values or {})
+    return _case(name, *sizes, score="cosine", values=values or {}, **rest)
+
+
+def _learned(temperature, dims, rng):
+    """Positive, and no two heads alike."""
+    return 0.4 + 0.5 * rng.random(temperature.shape)
+
+
+def _both_signs(temperature, dims, rng):
+    return _learned(temperature, dims, rng) * (-1) ** np.arange(len(temperature))
+
+
+def _some_rows_zero(x, dims, rng):
+    x[..., ::3, :] = 0
+    return x
+
+
+def _strided():
+    """The Sparse Transformer's heads."""
+    yield _case("stride", 2, 2, 33, 33, 8, causal=True, window=1, stride=6)
+    yield _case("stride_merged", 1, 2, 40, 40, 8, causal=True, window=7, stride=7)
+    yield _case("stride_both_sides", 1, 2, 25, 41, 8, window=3, stride=5)
+    yield _case("stride_of_one", 1, 1, 18, 18, 8, causal=True, window=2, stride=1)
+    yield _case("stride_grouped", 2, 4, 37, 50, 8, Hkv=2, causal=True, window=3, stride=8)
+    yield _case("stride_global", 1, 2, 45, 45, 8, causal=True, window=3, stride=9, global_tokens=2)
+    yield _case("stride_top_left", 1, 2, 40, 21, 12, causal=True, align="top_left", window=2,
+                stride=5)  # fmt: skip
+    yield _case("stride_unseeing", 1, 2, 40, 21, 12, causal=True, window=2, stride=4,
+                hidden=np.nan, return_lse=True)  # fmt: skip
+    yield _case("stride_lengths", 3, 2, 17, 40, 8, causal=True, window=1, stride=4,
+                lengths=(33, 0, 18), hidden=np.nan)  # fmt: skip
+    yield _case("stride_documents", 1, 2, 50, 50, 8, causal=True, window=2, stride=7,
+                global_tokens=1, cu_seqlens=(0, 17, 18, 50))  # fmt: skip
+    yield _case("stride_over_tiles", 1, 1, 150, 150, 8, causal=True, window=70, stride=70)
+
+
+def _cosines():
+    """Scores that are cosines, with learned temperatures or a scale."""
+    yield _cosine("cosine", 2, 2, 33, 33, 16, causal=True)
+    yield _cosine("cosine_odd_head_dim", 1, 3, 17, 23, 5)
+    yield _cosine("cosine_scale", 2, 2, 19, 23, 8, temperature=False, scale=2.0)
+    yield _cosine("cosine_plain", 1, 2, 19, 19, 8, temperature=False, causal=True)
+    yield _cosine("cosine_scale_and_temperature", 1, 2, 19, 19, 8, scale=-0.5)
+    yield _cosine("cosine_temperature_of_both_signs", 1, 3, 21, 21, 8,
+                  values={"temperature": _both_signs})  # fmt: skip
+    yield _cosine("cosine_grouped", 2, 6, 19, 35, 16, Hkv=2, causal=True)
+    yield _cosine("cosine_zero_vectors", 1, 2, 20, 20, 8, causal=True,
+                  values={"q": _some_rows_zero, "k": _some_rows_zero})  # fmt: skip
+    # a cosine does not see how long a vector is
+    yield _cosine(
+        "cosine_spread_by_100", 1, 2, 18, 34, 8, values={"q": spread_by_100, "k": spread_by_10}
+    )
+    yield _cosine("cosine_window_stride", 1, 2, 37, 37, 8, causal=True, window=3, stride=6)
+    yield _cosine("cosine_lengths", 3, 2, 20, 37, 8, causal=True, lengths=(20, 0, 9),
+                  hidden=np.nan, return_lse=True)  # fmt: skip
+    yield _cosine("cosine_unseeing_nan", 1, 2, 40, 21, 12, causal=True, hidden=np.nan)
+    yield _cosine("cosine_documents", 1, 2, 50, 50, 8, causal=True, cu_seqlens=(0, 17, 18, 50))
+    yield _cosine("cosine_nan_key_seen", 2, 4, 20, 20, 8, Hkv=2, causal=True,
+                  values={"k": _one_nan})  # fmt: skip
+    yield _cosine("cosine_dropout", 2, 2, 19, 23, 8, causal=True, dropout=0.3, seed=1234)
 
 
 def _timed(name, H, D, lengths, tags):
@@ -204,7 +272,12 @@ def _covering_attention():
 
 ATTENTION = row(
     "attention",
-    {"q": "B H Tq D", "k": "B Hkv Tk D", "v": "B Hkv Tk D"},
+    {
+        "q": "B H Tq D",
+        "k": "B Hkv Tk D",
+        "v": "B Hkv Tk D",
+        "temperature": Input("H", keyword=True),
+    },
     [
         _case("full", 2, 2, 33, 33, 16),
         _case("causal", 2, 2, 33, 33, 16, causal=True),
@@ -297,6 +370,8 @@ ATTENTION = row(
         ),
         _case("cpu_bench", 1, 4, 256, 256, 64, causal=True, tags=CPU),
         _case("cpu_full", 2, 4, 128, 128, 64, tags=CPU),
+        *_strided(),
+        *_cosines(),
     ],
     outputs={"o": "B H Tq D", "lse": "B H Tq"},
     flops=_attention_flops,
@@ -333,7 +408,24 @@ ATTENTION = row(
             options={"cu_seqlens": (0, 20, 10, 33)},
             shapes=dict.fromkeys("qkv", (1, 2, 33, 16)),
         ),
+        Wrong("stride_alone", "stride must come with a window", options={"stride": 4}),
+        Wrong("stride_zero", "stride must be at least 1", options={"stride": 0, "window": 4}),
+        Wrong(
+            "half_a_stride",
+            "stride must be an integer",
+            options={"stride": 2.5, "window": 4},
+            raises=TypeError,
+        ),
+        Wrong("unknown_score", "score must be one of", options={"score": "cos"}),
+        Wrong("temperature_of_dots", "temperature must come with", shapes={"temperature": (2,)}),
+        Wrong(
+            "temperatures",
+            "temperature must have shape",
+            options={"score": "cosine"},
+            shapes={"temperature": (3,)},
+        ),
     ),
+    lacks="stride or cosine",
     sizes={"Hkv": "H"},
     batch="B",
     unspecified=_nan_seen,

@@ -26,11 +26,13 @@ _ERROR_ROWS = 32
 _PRODUCTS = 2**35
 # scores in memory at once: exact ones, and those of legal runs, which stay in a cache
 _SCORES, _LEGAL_SCORES = 2**19, 2**19
-_MASKS = ("causal", "align", "window", "global_tokens", "cu_seqlens")
+_MASKS = ("causal", "align", "window", "stride", "global_tokens", "cu_seqlens")
 
 
 def attention_parts(inputs, options, dys, rng):
-    """The parts of `attention`."""
+    """The parts of `attention`, of dot products alone: no case with cosines is timed."""
+    if options.get("score", "dot") != "dot":
+        raise ValueError(f"attention: score must be dot in a bench case, got {options['score']!r}")
     problem = _Problem(inputs, options, dys)
     B, Hkv, repeats = problem.B, problem.Hkv, problem.repeats
     chosen = [int(g) for g in spread(B * Hkv, _GROUPS, rng)]
@@ -209,13 +211,13 @@ class _Problem:
         return visible_keys(self.Tq, self.Tk, queries=queries, keys=keys, **options)
 
     def _keep(self, b, heads, queries, keys):
-        """What dropout multiplies the weights with."""
+        """Which weights dropout keeps, and what it multiplies them with."""
         p = self.options.get("dropout", 0.0)
         if not p:
-            return 1.0
+            return None
         row = (b * self.H + heads)[:, None] * self.Tq + queries
         index = row[None, :, :, None] * self.Tk + keys
-        return keep_mask(index, p, self.options.get("seed", 0)) / (1 - p or 1)
+        return keep_mask(index, p, self.options.get("seed", 0)), 1 / (1 - p or 1)
 
     def _gradients(self, b, heads, queries, take):
         do = take(self.dys["o"][b, heads][None, :, queries])

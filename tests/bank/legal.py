@@ -141,7 +141,12 @@ def _adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay, foreach=False)
 
 
 _TORCH = [
-    Variant("attention-torch-sdpa", "attention", _sdpa, expression="not (return_lse or dropout)"),
+    Variant(
+        "attention-torch-sdpa",
+        "attention",
+        _sdpa,
+        expression="not (return_lse or dropout or stride or cosine)",
+    ),
     # in 16 bits its CPU kernel rounds more than it must
     Variant("layer_norm-torch", "layer_norm", _layer_norm, ("float32",), _COLUMNS),
     Variant(

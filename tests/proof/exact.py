@@ -88,8 +88,8 @@ def residual_layer_norm(x, r, w, b, eps=1e-5):
     return (*layer_norm(h, w, b, eps), h)
 
 
-def sees(i, j, b, Tq, Tk, causal=False, align="bottom_right", window=None, global_tokens=0,
-         lengths=None, cu_seqlens=None):  # fmt: skip
+def sees(i, j, b, Tq, Tk, causal=False, align="bottom_right", window=None, stride=None,
+         global_tokens=0, lengths=None, cu_seqlens=None):  # fmt: skip
     """May query i of batch b see key j? Word for word from the definition."""
     n = Tk if lengths is None else lengths[b]
     if j >= n:
@@ -103,24 +103,36 @@ def sees(i, j, b, Tq, Tk, causal=False, align="bottom_right", window=None, globa
         place, j = i - start, j - start
     if causal and j > place:
         return False
-    if window is None or j < global_tokens:
+    if window is None or j < global_tokens or (stride and (place - j) % stride == 0):
         return True
     return place - window < j and (causal or j < place + window)
 
 
-def attention(q, k, v, *, scale=None, dropout=0.0, seed=0, return_lse=False, **mask):
+def direction(x):
+    """Rows divided by their length; a row of zeros stays."""
+
+    def row(r):
+        norm = mp.sqrt(total(v**2 for v in r))
+        return [v / norm if norm else v for v in r]
+
+    return per_row(x, row)
+
+
+def attention(q, k, v, temperature=None, *, score="dot", scale=None, dropout=0.0, seed=0,
+              return_lse=False, **mask):  # fmt: skip
     (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
     if scale is None:
-        scale = 1 / mp.sqrt(D)
+        scale = 1 / mp.sqrt(D) if score == "dot" else mp.mpf(1)
+    if score == "cosine":
+        q, k = direction(q), direction(k)
     o, lse = array(q.shape, lambda *i: mp.mpf(0)), array(q.shape[:3], lambda *i: -mp.inf)
     for b, h, i in itertools.product(range(B), range(H), range(Tq)):
         g = h // (H // Hkv)
         keys = [j for j in range(Tk) if sees(i, j, b, Tq, Tk, **mask)]
         if not keys:
             continue
-        e = {
-            j: mp.exp(scale * total(q[b, h, i, d] * k[b, g, j, d] for d in range(D))) for j in keys
-        }
+        beta = scale if temperature is None else scale / temperature[h]
+        e = {j: mp.exp(beta * total(q[b, h, i, d] * k[b, g, j, d] for d in range(D))) for j in keys}
         lse[b, h, i] = mp.log(total(e.values()))
         for d in range(D):
             o[b, h, i, d] = total(

@@ -29,14 +29,26 @@ def visible(q, k, mask):
     return np.array(pairs, bool).reshape(B, 1, Tq, Tk)
 
 
-def _attention(xp, q, k, v, *, scale=None, dropout=0.0, seed=0, return_lse=False, **mask):
+def _direction(xp, x):
+    squares = xp.einsum("bhid,bhid->bhi", x, x)[..., None]
+    zero = squares == 0
+    return x * xp.where(zero, 0.0, xp.where(zero, 1.0, squares) ** -0.5)
+
+
+def _attention(xp, q, k, v, temperature=None, *, score="dot", scale=None, dropout=0.0, seed=0,
+               return_lse=False, **mask):  # fmt: skip
     """Attention in torch's or JAX's words, `xp`."""
     D, group = q.shape[-1], q.shape[1] // k.shape[1]
     seen = visible(q, k, mask)
     rows = xp.array(seen.any(3, keepdims=True))
     k, v = (xp.repeat(xp.where(xp.array(seen.any(2)[..., None]), x, 0.0), group) for x in (k, v))
     q = xp.where(rows, q, 0.0)
-    s = xp.einsum("bhid,bhjd->bhij", q, k) * (D**-0.5 if scale is None else scale)
+    if score == "cosine":
+        q, k = _direction(xp, q), _direction(xp, k)
+    scale = (D**-0.5 if score == "dot" else 1.0) if scale is None else scale
+    s = xp.einsum("bhid,bhjd->bhij", q, k) * scale
+    if temperature is not None:
+        s = s / temperature[:, None, None]
     # a row of −∞ alone has no softmax: it gets finite scores, and 0 for its result
     s = xp.where(xp.array(seen) | ~rows, s, -math.inf)
     p = xp.softmax(s)
@@ -215,7 +227,9 @@ def covers(source, op, case):
         return "equals" not in case.name
     if source == "onnx":
         hidden = any(word in case.name for word in ("unsee", "nan", "length", "documents"))
-        lacks = {"dropout", "return_lse"} & options.keys() or options.get("activation") == "relu"
+        lacks = {"dropout", "return_lse", "score", "stride"} & options.keys() or options.get(
+            "activation"
+        ) == "relu"
         # its evaluator takes the root of the scale
         below_0 = (options.get("scale") or 0) < 0
         return not lacks and not hidden and not below_0 and "degenerate" not in case.tags

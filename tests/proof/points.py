@@ -78,4 +78,4 @@ def catalog_points(*, gradients=False):
     for op in CATALOG.values():
         if gradients and not backward_of(op):
             continue
-        yield from ((op, case) for case in op.select("full") if case.name not in _NAN_SEEN)
+        yield from ((op, case) for case in op.select("full") if not case.name.endswith(_NAN_SEEN))

@@ -11,6 +11,7 @@ import numpy as np
 
 NOT_DIFFERENTIABLE = {
     ("ffn", "relu_at_zero"): "max(z, 0) has no derivative at 0",
+    ("attention", "cosine_zero_vectors"): "0 has no direction",
     ("cross_entropy", "all_ignored_mean"): "a mean of nothing is NaN",
     ("linear_cross_entropy", "all_ignored_mean"): "a mean of nothing is NaN",
 }
