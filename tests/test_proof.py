@@ -31,7 +31,7 @@ def test_every_op_has_an_exact_formula_and_adversarial_inputs():
 def test_the_error_is_a_few_ulp_times_the_condition_number(op, case):
     found = condition.errors(point(op, case))
     assert found
-    assert [e for e in found if not e.ratio <= condition.bound(op, case)] == []
+    assert [e for e in found if not e.ratio <= condition.BOUND] == []
 
 
 def test_the_measure_sees_a_formula_that_cancels():

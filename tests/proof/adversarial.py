@@ -37,6 +37,10 @@ def _on_zero(x, dims, rng):
     return 0 * x
 
 
+def _absent(x, dims, rng):
+    return None
+
+
 EXTREMES = {
     "normal": lambda x, dims, rng: x,
     "offset_1e4": lambda x, dims, rng: x + 1e4,
@@ -79,10 +83,17 @@ _ADAMW = {k: v for k, v in SMALL["adamw"].items() if k not in "MN"}
 SPECIAL = {
     "linear": [
         Case("cancelling", M=1, K=4, N=2, values={"x": _put(1e8, 1, -1e8, 1), "w": _put(1.0)}),
+        Case("rank_three", B=2, T=1, K=3, N=2, shapes={"x": "B T K", "y": "B T N"}),
+        Case("no_bias", M=2, K=3, N=2, values={"b": _absent}),
     ],
-    "embedding": [Case("repeated", B=2, T=3, V=4, P=3, C=2, values={"tokens": _indices(1)})],
+    "embedding": [
+        Case("repeated", B=2, T=3, V=4, P=3, C=2, values={"tokens": _indices(1)}),
+        Case("rank_one", T=3, V=3, P=4, C=2, shapes={"tokens": "T", "y": "T C"}),
+        Case("no_positions", B=1, T=2, V=3, P=1, C=2, values={"wpe": _absent}),
+    ],
     "layer_norm": [
         Case("one_column", M=1, N=1),
+        Case("rank_three", B=1, T=2, N=3, shapes={"x": "B T N", "y": "B T N"}),
         Case("constant_row", M=1, N=4, values={"x": _put(3.7)}),
         Case("tiny_eps", M=1, N=4, eps=1e-12, values={"x": EXTREMES["tiny_spread"]}),
         Case("gradient_along_the_ones", M=1, N=4, values={"dy": _put(1.0), "w": _put(1.0)}),
@@ -142,7 +153,7 @@ SPECIAL = {
         Case("smoothed", M=2, C=2, V=3, label_smoothing=0.1),
         Case("confident", M=1, C=1, V=3, values={
             "x": _put(1.0), "w": _put(40.0, 1.0, 0.0), "b": _on_zero, "targets": _indices(0)}),
-        Case("no_bias", M=2, C=2, V=3, reduction="sum", values={"b": lambda *_: None}),
+        Case("no_bias", M=2, C=2, V=3, reduction="sum", values={"b": _absent}),
     ],
     "dropout": [Case("mostly_dropped", M=4, N=5, p=0.99, seed=-1)],
     "adamw": [
