@@ -30,6 +30,7 @@ SMALL = {
 _NEEDED = {
     "paged_attention": {"lengths": lambda x, dims, rng: np.full_like(x, 3)},
     "adamw": {"v": lambda x, dims, rng: x * x},
+    "sample": {"u": lambda x, dims, rng: rng.random(x.shape)},
 }
 
 
@@ -127,6 +128,9 @@ SPECIAL = {
             "lengths": _indices(1)}),
         Case("grouped", B=2, H=2, Hkv=1, Tq=1, D=1, P=3, page=2, pages=2, window=2, scale=0.3,
              values={"lengths": _indices(3, 2), "block_table": _indices(2, 0, 1, 1)}),
+        # entries past the last page that is used are not read
+        Case("unread_entries", B=2, H=1, Hkv=1, Tq=1, D=1, P=3, page=2, pages=3, values={
+            "lengths": _indices(2, 4), "block_table": _indices(1, 99, -7, 2, 0, 99)}),
     ],
     "ffn": [
         *(_gelu(f"{a}_{name}", z, a) for a in ("gelu", "gelu_tanh") for name, z in _FAR.items()),
@@ -148,6 +152,8 @@ SPECIAL = {
         Case("ignored", M=3, V=4, label_smoothing=0.2, values={"targets": _indices(1, -100, 3)}),
         Case("none", M=3, V=3, reduction="none", values={"targets": _indices(1, -100, 2)}),
         Case("sum", M=2, V=3, reduction="sum"),
+        Case("rank_three", B=1, T=2, V=3, label_smoothing=0.1, reduction="none",
+             shapes={"logits": "B T V", "targets": "B T"}),
     ],
     "linear_cross_entropy": [
         Case("smoothed", M=2, C=2, V=3, label_smoothing=0.1),
@@ -166,7 +172,25 @@ SPECIAL = {
     ],
     "sample": [
         Case("cold", M=1, V=5, temperature=1e-3),
+        Case("rows_of_a_batch", B=1, T=2, V=3, top_p=0.8, min_p=0.5,
+             shapes={"logits": "B T V", "u": "B T", "token": "B T"},
+             values={"logits": _put(3.0, 0, 0, 0.4, 0.3, 0)}),
+        Case("min_p_of_0", M=1, V=4, top_k=2, min_p=0.0),
         Case("greedy", M=1, V=5, temperature=0.0),
+        Case("top_k", M=2, V=5, top_k=2, values={"logits": _put(3.0, 1, 3, 3, 0, 0, 1, 2, 2, 0)}),
+        Case("top_p", M=2, V=5, top_p=0.5),
+        Case("top_p_of_equals", M=1, V=4, top_p=0.45, values={"logits": _put(1.0)}),
+        Case("top_p_tiny", M=1, V=4, top_p=1e-9),
+        Case("top_p_and_min_p", M=3, V=6, top_p=0.9, min_p=0.2),
+        Case("min_p", M=2, V=5, min_p=0.3),
+        Case("min_p_of_1", M=1, V=3, min_p=1.0, values={"logits": _put(0.1, 0.7, 0.7)}),
+        Case("rank_three", B=1, T=2, V=4, top_k=3, top_p=0.8, min_p=0.1, temperature=2.0,
+             shapes={"logits": "B T V", "u": "B T", "token": "B T"}),
+        Case("greedy_rank_three", B=2, T=1, V=3, temperature=0.0,
+             shapes={"logits": "B T V", "u": "B T", "token": "B T"}),
+        Case("rank_one", V=4, shapes={"logits": "V", "u": "", "token": ""}),
+        Case("never_drawn", M=1, V=4, values={"logits": _put(-np.inf, 0.5, -np.inf, 0)}),
+        Case("at_the_edge", M=2, V=4, values={"logits": _put(0.0), "u": _put(0.5, 0.0)}),
         Case("filtered", M=2, V=8, temperature=0.7, top_k=6, top_p=0.8, min_p=0.05),
         Case("logits_of_1e4", M=1, V=4, values={"logits": _put(1e4, -1e4, 9999.0, 9998.0)}),
     ],

@@ -20,6 +20,7 @@ import numpy as np
 from mpmath import mp
 
 from . import exact
+from .points import outputs
 
 DIGITS, STEP = 400, "1e-50"
 # Float64 rounds each operation by half an ε, and the inputs' share of that is in the condition
@@ -66,7 +67,9 @@ class Problem:
         self.x = [mp.mpf(float(v)) for a in arrays for v in a.flat]
         self.inputs = len(self.x)
         self.x += [mp.mpf(point.options[k]) for k in self.scalars]
-        self.steps = [mp.mpf(STEP) * (abs(v) or 1) for v in self.x]
+        # an infinite input stays where it is
+        self.sizes = [abs(v) if mp.isfinite(v) else mp.mpf(0) for v in self.x]
+        self.steps = [mp.mpf(STEP) * (size or 1) for size in self.sizes]
 
     def __call__(self, *moved):
         """All outputs, one list; the inputs in `moved` one step further each time they occur."""
@@ -81,12 +84,15 @@ class Problem:
             start += size
         options = self.point.options | dict(zip(self.scalars, x[start:]))
         ys = self.point.op.called(self.formula)(*arrays.values(), **options)
-        return [v if mp.isfinite(v) else mp.mpf(0) for y in ys for v in y.flat]
+        return [mp.mpf(v) if mp.isfinite(v) else mp.mpf(0) for y in ys for v in y.flat]
 
 
 def _formula(op):
     if op.name == "sample":
-        return lambda logits, u, **o: (exact.per_row(logits, lambda r: exact.cumulative(r, **o)),)
+        return lambda logits, u, **options: (
+            exact.per_row(logits, lambda row: exact.cumulative(row, **options)),
+            *exact.sample(logits, u, **options),
+        )
     return exact.FORMULAS[op.name]
 
 
@@ -122,7 +128,7 @@ def _results(point):
     """(names, computed, (exact, condition, floor) flat), of the outputs and of the gradients."""
     problem = Problem(point)
     condition, y, moved, jacobian = forward_conditions(problem)
-    yield point.op.outputs, point.at(), (y, condition, [0] * len(y))
+    yield outputs(point.op), point.at(), (y, condition, [0] * len(y))
     if point.differentiable():
         names = [f"d{n}" for n in problem.names]
         yield names, point.gradients(), _gradient(problem, y, moved, jacobian)
@@ -133,7 +139,9 @@ def forward_conditions(problem):
     y = problem()
     moved = [problem(j) for j in range(len(problem.x))]
     jacobian = [[(a - b) / h for a, b in zip(m, y)] for m, h in zip(moved, problem.steps)]
-    condition = [mp.fsum(abs(d[k] * x) for d, x in zip(jacobian, problem.x)) for k in range(len(y))]
+    condition = [
+        mp.fsum(abs(d[k] * x) for d, x in zip(jacobian, problem.sizes)) for k in range(len(y))
+    ]
     return condition, y, moved, jacobian
 
 
@@ -145,7 +153,7 @@ def _gradient(problem, y, moved, jacobian):
     def loss(ys):
         return mp.fsum(a * b for a, b in zip(dy, ys))
 
-    n, h, x = len(problem.x), problem.steps, problem.x
+    n, h, x = len(problem.x), problem.steps, problem.sizes
     base, once = loss(y), [loss(m) for m in moved]
     gradient = [mp.fsum(a * b for a, b in zip(dy, jacobian[i])) for i in range(problem.inputs)]
     condition = [
@@ -155,12 +163,12 @@ def _gradient(problem, y, moved, jacobian):
         for j in range(i, n):
             twice = loss(problem(i, j)) - once[i] - once[j] + base
             slope = abs(twice / (h[i] * h[j]))
-            condition[i] += slope * abs(x[j])
+            condition[i] += slope * x[j]
             if i < j < problem.inputs:
-                condition[j] += slope * abs(x[i])
+                condition[j] += slope * x[i]
     # what the differences leave of a gradient that is 0
     scale = mp.fsum(abs(a * b) for a, b in zip(dy, y))
-    floor = [mp.mpf("1e-250") * scale / (abs(v) or 1) for v in x[: problem.inputs]]
+    floor = [mp.mpf("1e-250") * scale / (v or 1) for v in x[: problem.inputs]]
     return gradient, condition, floor
 
 
@@ -179,6 +187,9 @@ def _compared(op, names, computed, want, condition, floor):
 
 def _sizes(op, name, array, want, condition):
     """Σ_j |∂exact/∂x_j·x_j| + |exact| of each element, or the largest in its row."""
+    if name == "token":
+        # a choice is right or wrong
+        return [mp.mpf(0)] * len(want)
     sizes = [c + abs(v) for c, v in zip(condition, want)]
     if (op.name, name) not in BY_ROW:
         return sizes

@@ -18,6 +18,7 @@ from gaugeblock.reference._philox import keep_mask
 from examples import onnx_reference
 
 from .exact import sees
+from .points import outputs
 
 
 def visible(q, k, mask):
@@ -116,6 +117,11 @@ def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     return transformers.LogitsProcessorList(warpers)(None, logits.clone())
 
 
+def _torch_sample(logits, u, **options):
+    cdf = warped(logits, **options).softmax(-1).cumsum(-1)
+    return cdf, torch.searchsorted(cdf, u[..., None], right=True)[..., 0]
+
+
 TORCH = {
     "linear": lambda x, w, b=None: x @ w if b is None else torch.addmm(b, x, w),
     "embedding": lambda tokens, wte, wpe: F.embedding(tokens, wte) + wpe[: tokens.shape[1]],
@@ -132,7 +138,7 @@ TORCH = {
     ),
     "dropout": _torch_dropout,
     "adamw": _torch_adamw,
-    "sample": lambda logits, u, **options: warped(logits, **options).softmax(-1).cumsum(-1),
+    "sample": _torch_sample,
 }  # fmt: skip
 
 
@@ -251,7 +257,7 @@ def worst(source, point):
     all tensors and inputs where that is more.
     """
     theirs, their_gradients = SOURCES[source](point)
-    names, ours = list(point.op.outputs)[: len(theirs)], point.at()
+    names, ours = list(outputs(point.op))[: len(theirs)], point.at()
     if their_gradients is not None:
         names += [f"d{n}" for n in point.differentiable()]
         ours, theirs = (*ours, *point.gradients()), [*theirs, *their_gradients]

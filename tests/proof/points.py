@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gaugeblock.reference._sample import cumulative
+from gaugeblock.reference import _sample
 from gaugeblock.reference.catalog import CATALOG
 
 from gaugeblock import reference
@@ -49,10 +49,19 @@ def outputs_of(y):
 
 
 def forward(op):
-    """fn(*inputs, **options) -> y, cache. Of `sample` what it draws from: a choice has no error."""
+    """fn(*inputs, **options) -> y, cache. `sample` also gives what it draws from."""
     if op.name == "sample":
-        return lambda logits, u, **options: (cumulative(logits, **options)[1], None)
+        return _drawn_from
     return op.called(getattr(reference, op.name))
+
+
+def _drawn_from(logits, u, **options):
+    return (_sample.cumulative(logits, **options)[1], _sample.sample(logits, u, **options)[0]), None
+
+
+def outputs(op):
+    """The names of what `forward` gives."""
+    return ("cdf", "token") if op.name == "sample" else tuple(op.outputs)
 
 
 def backward_of(op):
@@ -65,7 +74,7 @@ def point(op, case):
     inputs, options = op.draw(case, rng), op.options(case)
     p = Point(op, case, inputs, options, ())
     dys = []
-    for name, y in zip(op.outputs, p.at()):
+    for name, y in zip(outputs(op), p.at()):
         # where an output is −∞ by definition its gradient is never read
         dy = np.where(np.isfinite(y), rng.standard_normal(y.shape), 0.0)
         change = case.values.get(f"d{name}")
