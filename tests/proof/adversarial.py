@@ -120,6 +120,10 @@ SPECIAL = {
         _attention("grouped", H=2, scale=-0.7),
         _attention("cosine", score="cosine", keywords=("temperature",), H=2, values={
             "q": EXTREMES["huge"], "k": EXTREMES["tiny"], "temperature": _put(0.01, -2.0)}),
+        _attention(
+            "cosines", score="cosine", keywords=("temperature",), H=2, return_lse=True,
+            values={"temperature": _put(0.5, -2.0)},
+        ),
         _attention("strided", Tq=4, Tk=4, D=1, causal=True, window=1, stride=2),
         _attention("dropout", dropout=0.4, seed=-3, return_lse=True),
     ],

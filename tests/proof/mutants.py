@@ -234,7 +234,7 @@ def _checks(op):
             "residual",
             "smoothed",
             "grouped",
-            "cosine",
+            "cosines",
             "dropout",
             "gelu_middle",
         ):

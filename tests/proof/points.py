@@ -56,7 +56,8 @@ def forward(op):
 
 
 def _drawn_from(logits, u, **options):
-    return (_sample.cumulative(logits, **options)[1], _sample.sample(logits, u, **options)[0]), None
+    token, _ = _sample.sample(logits, u, **options)
+    return (_sample.cumulative(logits, **options)[1], token), None
 
 
 def outputs(op):
