@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_integer, expect_shape, readable
+from ._checks import expect_alike, expect_integer, expect_number, expect_shape, readable
 from ._configurations import architecture, find
 from ._launch import launch, resolve, tile, tl_accumulator, wide
 
@@ -306,6 +306,9 @@ def _expect_u(logits, u):
 
 
 def _expect_filters(temperature, top_k, top_p, min_p):
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        if value is not None or name == "temperature":
+            expect_number("sample", name, value)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"sample: temperature must be finite and at least 0, got {temperature}")
     if top_k is not None:

@@ -23,7 +23,7 @@ Nguyen et al. 2024, arXiv:2407.01082 (min-p); order and edges as in Hugging Face
 
 import numpy as np
 
-from ._checks import expect_integer, expect_shape
+from ._checks import expect_integer, expect_number, expect_shape
 from ._rounding import floats, rescaled
 
 
@@ -81,6 +81,9 @@ def _softmax(s, kept):
 
 
 def _expect_filters(temperature, top_k, top_p, min_p):
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        if value is not None or name == "temperature":
+            expect_number("sample", name, value)
     if not 0 <= temperature < np.inf:
         raise ValueError(f"sample: temperature must be finite and at least 0, got {temperature}")
     if top_k is not None:

@@ -339,6 +339,17 @@ def test_a_launch_finds_its_device_among_several(launched, monkeypatch):
     assert set(asked) == {a.device}
 
 
+@pytest.mark.parametrize("activation", _activations.ACTIVATIONS)
+@pytest.mark.parametrize("z", [-1e12, -200.0, 200.0, 1e12])
+def test_far_out_an_activation_is_0_or_its_argument(z, activation):
+    """Nothing of a bounded exponential is left: a unit that is off has no gradient."""
+    x = torch.tensor([[z]], requires_grad=True)
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    y = ffn(x, one, none, one, none, activation)
+    (dx,) = torch.autograd.grad(y, x, one)
+    assert (y.item(), dx.item()) == ((x.item(), 1) if z > 0 else (0, 0))
+
+
 def test_a_product_accumulates_in_float32_in_place():
     a, b = normal(40, 100, dtype=torch.bfloat16), normal(100, 72, dtype=torch.bfloat16, seed=1)
     total, before = normal(40, 80, seed=2), normal(40, 80, seed=2)

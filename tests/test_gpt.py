@@ -476,6 +476,7 @@ def test_each_place_that_drops_has_a_seed_of_its_own(saved, monkeypatch):
 
         def spied(*args, op=op, at=at, **options):
             seeds.append(options["seed"] if at is None else args[at])
+            assert (options["dropout"] if at is None else args[1]) == 0.1
             return op(*args, **options)
 
         monkeypatch.setattr(kernels, name, spied)
