@@ -8,9 +8,9 @@ from tests.proof import adversarial, condition, exact, independent, step
 from tests.proof.points import Point, backward_of, catalog_points, point
 
 ADVERSARIAL = [
-    pytest.param(CATALOG[name], case, id=f"{name}-{case.name}")
-    for name in adversarial.SMALL
-    for case in adversarial.cases(CATALOG[name])
+    pytest.param(op, case, id=f"{name}-{case.name}")
+    for name, op in CATALOG.items()
+    for case in adversarial.cases(op)
 ]
 POINTS = [pytest.param(op, case, id=f"{op.name}-{case.name}") for op, case in catalog_points()]
 GRADIENTS = [
@@ -22,9 +22,11 @@ SMOOTH = [p for p in GRADIENTS if step.smooth(*p.values)]
 
 
 def test_every_op_has_an_exact_formula_and_adversarial_inputs():
-    assert set(exact.FORMULAS) == set(CATALOG) == set(adversarial.SMALL)
+    assert set(CATALOG) <= set(exact.FORMULAS)
+    assert set(CATALOG) <= set(adversarial.SMALL)
+    assert set(CATALOG) <= set(independent.TORCH)
     without = {op.name for op in CATALOG.values() if backward_of(op) is None}
-    assert without == set(exact.GRADIENT_FREE)
+    assert without <= set(exact.GRADIENT_FREE)
 
 
 @pytest.mark.parametrize(("op", "case"), ADVERSARIAL)

@@ -25,11 +25,14 @@ SMALL = {
         M=2, N=3, step=3, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1
     ),
     "sample": dict(M=2, V=6),
+    "additive_attention": dict(B=1, Tq=1, Tk=2, C=2, K=1, D=2, A=2),
+    "adam": dict(M=2, N=3, step=3, lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01),
 }  # fmt: skip
 # what an input has to be for the op to have a meaning
-_NEEDED = {
+NEEDED = {
     "paged_attention": {"lengths": lambda x, dims, rng: np.full_like(x, 3)},
     "adamw": {"v": lambda x, dims, rng: x * x},
+    "adam": {"v": lambda x, dims, rng: x * x},
     "sample": {"u": lambda x, dims, rng: rng.random(x.shape)},
 }
 
@@ -40,6 +43,12 @@ def _on_zero(x, dims, rng):
 
 def _absent(x, dims, rng):
     return None
+
+
+def _first_row_nan(dy, dims, rng):
+    """In a row that sees nothing, whose gradient nobody may read."""
+    dy[0, 0, 0] = np.nan
+    return dy
 
 
 EXTREMES = {
@@ -115,6 +124,8 @@ SPECIAL = {
         ),
         _attention("causal", Tq=3, causal=True),
         _attention("unseeing", Tq=3, Tk=2, causal=True, return_lse=True),
+        _attention("unseeing_nan", Tq=3, Tk=2, causal=True, return_lse=True, values={
+            "do": _first_row_nan, "dlse": _first_row_nan}),
         _attention("window", Tq=3, window=1, global_tokens=1),
         _attention("documents", Tq=3, causal=True, cu_seqlens=(0, 1, 3)),
         _attention("grouped", H=2, scale=-0.7),
@@ -174,6 +185,13 @@ SPECIAL = {
             "g": EXTREMES["tiny"], "m": EXTREMES["tiny"], "v": _on_zero}),
         Case("no_decay", M=2, N=3, **_ADAMW | dict(weight_decay=0.0, eps=0.0)),
     ],
+    "adam": [Case("first_step", M=2, N=3, **_ADAMW | dict(step=1))],
+    "additive_attention": [
+        Case("one_key", B=1, Tq=2, Tk=1, C=1, K=1, D=2, A=2),
+        Case("lengths", B=2, Tq=1, Tk=2, C=1, K=1, D=1, A=2, lengths=(1, 0)),
+        Case("one_key_has_all", B=1, Tq=1, Tk=2, C=1, K=1, D=2, A=1, values={
+            "k": _put(1.0, -1.0), "w_k": _put(9.0), "w": _put(30.0)}),
+    ],
     "sample": [
         Case("cold", M=1, V=5, temperature=1e-3),
         Case("rows_of_a_batch", B=1, T=2, V=3, top_p=0.8, min_p=0.5,
@@ -203,7 +221,7 @@ SPECIAL = {
 
 def cases(op):
     """Every adversarial case of a row of the catalog."""
-    first, needed = op.floating()[0], _NEEDED.get(op.name, {})
+    first, needed = op.floating()[0], NEEDED.get(op.name, {})
     for name, change in EXTREMES.items():
         yield Case(name, **SMALL[op.name], values=needed | {first: change})
     for case in SPECIAL.get(op.name, ()):

@@ -101,6 +101,24 @@ def _torch_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     return p.detach(), state["exp_avg"], state["exp_avg_sq"]
 
 
+def _torch_additive(q, k, v, w_q, w_k, w, *, lengths=None):
+    n = torch.tensor([k.shape[1]] * len(k) if lengths is None else lengths)[:, None, None]
+    seen = torch.arange(k.shape[1])[:, None] < n
+    k, v, q = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0), torch.where(n > 0, q, 0.0)
+    s = torch.tanh((q @ w_q)[:, :, None] + (k @ w_k)[:, None]) @ w
+    # a row of −∞ alone has no softmax: it gets finite scores, and 0 for its result
+    s = s.masked_fill(~seen.mT & (n > 0), -math.inf)
+    return torch.where(n > 0, s.softmax(-1) @ v, 0.0)
+
+
+def _torch_adam(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay=0.0):
+    """torch's Adam corrects the moments: GPT-1's ε is so many times larger, its decay outside."""
+    rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    own = eps / math.sqrt(1 - beta2**step)
+    p1, m, v = _torch_adamw(p, g, m, v, step, lr, beta1, beta2, own, 0.0)
+    return p1 - rate * weight_decay * p, m, v
+
+
 def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The scores as Hugging Face's warpers leave them, in the order of `generate`."""
     import transformers
@@ -137,6 +155,8 @@ TORCH = {
         F.linear(x, w, b), targets, **options
     ),
     "dropout": _torch_dropout,
+    "adam": _torch_adam,
+    "additive_attention": _torch_additive,
     "adamw": _torch_adamw,
     "sample": _torch_sample,
 }  # fmt: skip

@@ -37,11 +37,17 @@ class Point:
 
     def gradients(self):
         """One for each differentiable input."""
-        _, cache = forward(self.op)(*self.inputs.values(), **self.options)
+        return self.both()[1]
+
+    def both(self):
+        """(outputs, gradients) of one forward and, where there is one, its backward."""
+        y, cache = forward(self.op)(*self.inputs.values(), **self.options)
+        if not backward_of(self.op):
+            return outputs_of(y), []
         dys = self.dys if len(self.dys) > 1 else self.dys[0]
         given = backward_of(self.op)(dys, cache)
         given = given if isinstance(given, tuple) else (given,)
-        return [g for g in given if g is not None]
+        return outputs_of(y), [g for g in given if g is not None]
 
 
 def outputs_of(y):
