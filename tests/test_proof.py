@@ -1,10 +1,13 @@
 """How right the reference is: against exact arithmetic, its own forward, and other people's."""
 
+import json
+
 import numpy as np
 import pytest
 from gaugeblock.reference.catalog import CATALOG
 
-from tests.proof import adversarial, condition, exact, independent, step
+from tests.proof import __main__ as main
+from tests.proof import adversarial, condition, exact, independent, mutants, page, step
 from tests.proof.points import Point, backward_of, catalog_points, point
 
 ADVERSARIAL = [
@@ -109,3 +112,37 @@ def test_agrees_with_jax(op, case):
 @pytest.mark.parametrize(("op", "case"), [*_of_jax(20)])
 def test_agrees_with_jax_in_more_cases(op, case):
     assert independent.worst("jax", point(op, case))[0] <= 1e-10
+
+
+MUTANTS = {op: mutants.mutants(op) for op in CATALOG}
+
+
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(page.RECORD.read_text())
+
+
+@pytest.mark.parametrize("op", CATALOG)
+def test_a_sample_of_mutants_is_seen_as_recorded(op, record):
+    assert mutants.seen(op, mutants.source_of(op)) is None
+    known = record["ops"][op]["mutants"]["survivors"]
+    survivors = {(s["function"], s["line"], s["change"]) for s in known}
+    sample = MUTANTS[op][:: max(len(MUTANTS[op]) // 12, 1)]
+    missed = [m[:3] for m in sample if mutants.seen(op, m[3]) is None and m[:3] not in survivors]
+    assert missed == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CATALOG)
+def test_every_mutant_is_seen_or_as_right(op):
+    found = mutants.measured(op)
+    assert found["of"] >= 6
+    assert [s for s in found["survivors"] if s["reason"] is None] == []
+
+
+def test_the_page_is_of_the_record(record):
+    assert set(record["ops"]) == set(CATALOG)
+    assert main.verdict(record) == 0
+    text = page.PAGE.read_text()
+    # readers see the newest figures, and nothing typed
+    assert page.fill(text, page.parts()) == text

@@ -1,10 +1,10 @@
 """How far from exact the reference is, and what its tests see: `python -m tests.proof`.
 
-    --only OP …     these ops of the catalog alone; the record keeps the others'
-    --skip PART …   parts that the record keeps: exact, steps, sources, mutants, speed
-    --out FILE      the record; docs/reference/proof.json without it
+--only OP …     these ops of the catalog alone; the record keeps the others'
+--skip PART …   parts that the record keeps: exact, steps, sources, mutants, speed
+--out FILE      the record; docs/reference/proof.json without it
 
-`make readme` writes docs/reference.md from the record.
+--page          write docs/reference.md from the record as it is, and measure nothing
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 from gaugeblock.reference.catalog import CATALOG
 from rich.console import Console
 
-from . import adversarial, condition, independent, mutants, speed, step
+from . import adversarial, condition, independent, mutants, page, speed, step
+from .page import RECORD
 from .points import catalog_points, point
 
-RECORD = Path(__file__).parents[2] / "docs" / "reference" / "proof.json"
 # cases of an op that JAX, which compiles each shape, is compared on
 _JAX_CASES = 12
 
@@ -108,7 +108,11 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", choices=list(CATALOG), default=list(CATALOG))
     parser.add_argument("--skip", nargs="+", choices=list(PARTS), default=())
     parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
+    if options.page:
+        page.write()
+        return 0
     console = Console(stderr=True)
     record = json.loads(options.out.read_text()) if options.out.exists() else {"ops": {}}
     record["ops"] = {op: entry for op, entry in record["ops"].items() if op in CATALOG}
@@ -123,6 +127,8 @@ def main(arguments=None):
                 console.print(op, part, json.dumps(said), soft_wrap=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    if options.out == RECORD:
+        page.write()
     return verdict(record)
 
 

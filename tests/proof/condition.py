@@ -204,8 +204,10 @@ def _error(name, value, want, condition, size, floor):
         ratio = 0.0 if np.isneginf(value) and want == 0 else np.inf
         return Error(name, ratio, ratio, 0.0)
     error = abs(mp.mpf(float(value)) - want) - floor
-    relative = float(condition / abs(want)) if want else 0.0
+    relative = float(condition / abs(want)) if abs(want) > np.finfo(float).tiny else 0.0
     if error <= 0:
         return Error(name, 0.0, 0.0, relative)
-    ulp = float(error / max(np.spacing(abs(float(want))), _TINIEST))
+    # a result that should be 0, or nearly, has no ulp to count in
+    normal = abs(want) > np.finfo(float).tiny
+    ulp = float(error / np.spacing(abs(float(want)))) if normal else 0.0
     return Error(name, float(error / (_EPS * size + _TINIEST)), ulp, relative)

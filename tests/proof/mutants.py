@@ -111,7 +111,7 @@ def measured(op):
 
 def mutants(op):
     """[(function, what was changed, source of the module)] of an op's module."""
-    tree = ast.parse((_FOLDER / f"_{op}.py").read_text())
+    tree = ast.parse(source_of(op))
     found = []
     for function in tree.body:
         if not isinstance(function, ast.FunctionDef) or function.name.startswith(_SKIPPED):
@@ -125,6 +125,10 @@ def mutants(op):
             for changed in _changes(node):
                 found.append(_mutant(tree, function, place, node, changed))
     return found
+
+
+def source_of(op):
+    return (_FOLDER / f"_{op}.py").read_text()
 
 
 def _refuses(node):
