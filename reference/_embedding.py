@@ -18,6 +18,7 @@ from ._rounding import floats
 def embedding(tokens, wte, wpe=None, positions=None):
     """y = wte[tokens] + wpe[positions]  ->  y, cache."""
     wte, wpe = floats(wte, wpe)
+    expect_shape("embedding", "wte", wte, "(V, C)", (None, None))
     tokens = expect_ids("embedding", "tokens", tokens, len(wte), "V")
     y = wte[tokens]
     if wpe is None:

@@ -51,10 +51,8 @@ def ffn_backward(dy, cache):
     x, w1, w2, z, a, activation, added = cache
     dy = floats(dy)
     dz = hidden_gradient(dy, w2, z, activation)
-    dresidual = (dy,) if added else ()
-    x, z, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, z, a, dy))
-    dx = (dz @ w1.T).reshape((*dz.shape[:-1], w1.shape[0]))
-    dz = dz.reshape(z.shape)
+    dx, dresidual = dz @ w1.T, (dy,) if added else ()
+    x, dz, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dz, a, dy))
     return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0), *dresidual
 
 

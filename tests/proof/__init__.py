@@ -1,1 +1,1 @@
-"""How far from exact the reference is, and what its own tests would see: `python -m tests.proof`."""
+"""How far from exact the reference is, and what its tests see: `python -m tests.proof`."""

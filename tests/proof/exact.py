@@ -17,6 +17,7 @@ import numpy as np
 from mpmath import mp
 
 GRADIENT_FREE = {
+    "adam": "an optimiser's step ends the graph",
     "adamw": "an optimiser's step ends the graph",
     "sample": "a choice has no gradient",
 }
@@ -88,8 +89,8 @@ def residual_layer_norm(x, r, w, b, eps=1e-5):
     return (*layer_norm(h, w, b, eps), h)
 
 
-def sees(i, j, b, Tq, Tk, causal=False, align="bottom_right", window=None, global_tokens=0,
-         lengths=None, cu_seqlens=None):  # fmt: skip
+def sees(i, j, b, Tq, Tk, causal=False, align="bottom_right", window=None, stride=None,
+         global_tokens=0, lengths=None, cu_seqlens=None):  # fmt: skip
     """May query i of batch b see key j? Word for word from the definition."""
     n = Tk if lengths is None else lengths[b]
     if j >= n:
@@ -103,24 +104,36 @@ def sees(i, j, b, Tq, Tk, causal=False, align="bottom_right", window=None, globa
         place, j = i - start, j - start
     if causal and j > place:
         return False
-    if window is None or j < global_tokens:
+    if window is None or j < global_tokens or (stride and (place - j) % stride == 0):
         return True
     return place - window < j and (causal or j < place + window)
 
 
-def attention(q, k, v, *, scale=None, dropout=0.0, seed=0, return_lse=False, **mask):
+def direction(x):
+    """Rows divided by their length; a row of zeros stays."""
+
+    def row(r):
+        norm = mp.sqrt(total(v**2 for v in r))
+        return [v / norm if norm else v for v in r]
+
+    return per_row(x, row)
+
+
+def attention(q, k, v, temperature=None, *, score="dot", scale=None, dropout=0.0, seed=0,
+              return_lse=False, **mask):  # fmt: skip
     (B, H, Tq, D), (_, Hkv, Tk, _) = q.shape, k.shape
     if scale is None:
-        scale = 1 / mp.sqrt(D)
+        scale = 1 / mp.sqrt(D) if score == "dot" else mp.mpf(1)
+    if score == "cosine":
+        q, k = direction(q), direction(k)
     o, lse = array(q.shape, lambda *i: mp.mpf(0)), array(q.shape[:3], lambda *i: -mp.inf)
     for b, h, i in itertools.product(range(B), range(H), range(Tq)):
         g = h // (H // Hkv)
         keys = [j for j in range(Tk) if sees(i, j, b, Tq, Tk, **mask)]
         if not keys:
             continue
-        e = {
-            j: mp.exp(scale * total(q[b, h, i, d] * k[b, g, j, d] for d in range(D))) for j in keys
-        }
+        beta = scale if temperature is None else scale / temperature[h]
+        e = {j: mp.exp(beta * total(q[b, h, i, d] * k[b, g, j, d] for d in range(D))) for j in keys}
         lse[b, h, i] = mp.log(total(e.values()))
         for d in range(D):
             o[b, h, i, d] = total(
@@ -129,6 +142,24 @@ def attention(q, k, v, *, scale=None, dropout=0.0, seed=0, return_lse=False, **m
                 if kept(flat((b, h, i, j), (B, H, Tq, Tk)), dropout, seed)
             )
     return (o, lse) if return_lse else (o,)
+
+
+def additive_attention(q, k, v, w_q, w_k, w, *, lengths=None):
+    (B, Tq, C), (_, Tk, K) = q.shape, k.shape
+    out = array((B, Tq, v.shape[-1]), lambda *i: mp.mpf(0))
+    for b, i in itertools.product(range(B), range(Tq)):
+        n = Tk if lengths is None else lengths[b]
+        e = []
+        for j in range(n):
+            hidden = [
+                total(q[b, i, c] * w_q[c, a] for c in range(C))
+                + total(k[b, j, c] * w_k[c, a] for c in range(K))
+                for a in range(len(w))
+            ]
+            e.append(mp.exp(total(w[a] * mp.tanh(z) for a, z in enumerate(hidden))))
+        for d in range(v.shape[-1]):
+            out[b, i, d] = total(e[j] / total(e) * v[b, j, d] for j in range(n))
+    return (out,)
 
 
 def paged_attention(q, k_pages, v_pages, block_table, lengths, *, window=None, scale=None):
@@ -213,6 +244,17 @@ def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     return array(p.shape, entry), m, v
 
 
+def adam(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay=0.0):
+    m = array(p.shape, lambda *i: beta1 * m[i] + (1 - beta1) * g[i])
+    v = array(p.shape, lambda *i: beta2 * v[i] + (1 - beta2) * g[i] ** 2)
+    rate = lr * mp.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+    def entry(*i):
+        return p[i] - rate * m[i] / (mp.sqrt(v[i]) + eps) - rate * weight_decay * p[i]
+
+    return array(p.shape, entry), m, v
+
+
 def cumulative(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     """The distribution that `sample` draws from, a row: Σ of p up to each token."""
     if temperature == 0:
@@ -243,9 +285,12 @@ def cumulative(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     return [total(p[u] for u in chosen if u <= v) for v in range(len(s))]
 
 
-def sample(logits, u, **options):
+def sample(logits, u, previous=None, *, repetition_penalty=1.0, **options):
     def token(*i):
-        cdf = cumulative(logits[i], **options)
+        row = list(logits[i])
+        for t in set() if previous is None else set(previous[i].tolist()) - {-1}:
+            row[t] = row[t] / repetition_penalty if row[t] > 0 else row[t] * repetition_penalty
+        cdf = cumulative(row, **options)
         return next(v for v, below in enumerate(cdf) if below > u[i])
 
     return (array(u.shape, token),)
@@ -255,6 +300,6 @@ FORMULAS = {
     f.__name__: f
     for f in (
         linear, embedding, layer_norm, residual_layer_norm, attention, paged_attention, ffn,
-        cross_entropy, linear_cross_entropy, dropout, adamw, sample,
+        cross_entropy, linear_cross_entropy, dropout, adamw, sample, additive_attention, adam,
     )
 }  # fmt: skip
