@@ -12,6 +12,11 @@ _SHARED = ("_checks", "_philox", "_rounding")
 # what is no op, and the module that has it
 _OTHERS = {
     "GPT": "_gpt",
+    "clip_grad_norm": "_clip",
+    "cosine_schedule": "_schedules",
+    "linear_schedule": "_schedules",
+    "noam_schedule": "_schedules",
+    "sinusoidal_positions": "_positions",
 }
 _OPS = tuple(
     sorted(
@@ -22,7 +27,7 @@ _OPS = tuple(
 )
 
 # an update and a choice have no gradient
-_WITHOUT_GRADIENT = ("adamw", "sample")
+_WITHOUT_GRADIENT = ("adam", "adamw", "sample")
 
 __all__ = [*_OTHERS, *_OPS, *(f"{op}_backward" for op in _OPS if op not in _WITHOUT_GRADIENT)]
 

@@ -25,7 +25,7 @@ def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     p, g, m, v = floats(p, g, m, v)
     for name, array in (("g", g), ("m", m), ("v", v)):
         expect_shape("adamw", name, array, "as p", p.shape)
-    _expect_hyperparameters(step, lr, beta1, beta2, eps, weight_decay)
+    expect_hyperparameters("adamw", step, lr, beta1, beta2, eps, weight_decay)
     # in the precision of p: a kernel may take its scalars, and 1 − βᵗ, in float32
     scalars = (lr, beta1, beta2, eps, weight_decay)
     lr, beta1, beta2, eps, decay = (np.full_like(p, scalar, shape=()) for scalar in scalars)
@@ -38,17 +38,17 @@ def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     return (p, m, v), None
 
 
-def _expect_hyperparameters(step, lr, beta1, beta2, eps, weight_decay):
-    expect_integer("adamw", "step", step)
+def expect_hyperparameters(op, step, lr, beta1, beta2, eps, weight_decay):
+    expect_integer(op, "step", step)
     if step < 1:
-        raise ValueError(f"adamw: step must be at least 1, got {step}; the first step is 1")
+        raise ValueError(f"{op}: step must be at least 1, got {step}; the first step is 1")
     if step >= 2**63:
-        raise ValueError(f"adamw: step must be below 2⁶³, got {step}")
+        raise ValueError(f"{op}: step must be below 2⁶³, got {step}")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        expect_number("adamw", name, value)
+        expect_number(op, name, value)
         if not 0 <= value < np.inf:
-            raise ValueError(f"adamw: {name} must be finite and at least 0, got {value}")
+            raise ValueError(f"{op}: {name} must be finite and at least 0, got {value}")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
-        expect_number("adamw", name, value)
+        expect_number(op, name, value)
         if not 0 <= value < 1:
-            raise ValueError(f"adamw: {name} must lie in 0 … 1, 1 excluded, got {value}")
+            raise ValueError(f"{op}: {name} must lie in 0 … 1, 1 excluded, got {value}")

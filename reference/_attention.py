@@ -111,7 +111,7 @@ def attention(
     if dropout:
         keep = keep_mask((len(q), H, Tq, Tk), dropout, seed), 1 / (1 - dropout or 1)
     if score == "cosine":
-        sees, seen = _sight(visible)
+        sees, seen = sight(visible)
         q, q_rate = _direction(np.where(sees, q, 0.0))
         k, k_rate = _direction(np.where(seen, k, 0.0))
         normal = q, q_rate, k, k_rate, temperature
@@ -129,12 +129,12 @@ def attend(q, k, v, visible, keep, scale):
     None keeps them all.
     """
     repeats = q.shape[1] // k.shape[1]
-    sees, seen = _sight(visible)
+    sees, seen = sight(visible)
     q = np.where(sees, q, 0.0)
     k, v = (_for_heads(x, seen, repeats) for x in (k, v))
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        p, total, lse = _softmax(_scores(q, k, visible, scale), sees)
+        p, total, lse = masked_softmax(_scores(q, k, visible, scale), sees)
         o = np.where(sees, stored(_dropped(stored(p, unit=total), keep) @ v), 0.0)
     return (o, lse[..., 0]), (q, k, v, o, p, np.where(sees, lse, 0.0), keep, visible, scale)
 
@@ -172,7 +172,7 @@ def score_gradient(p, do, dlse, cache):
             total = (do * o).sum(-1, keepdims=True)
             return otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
 
-        total = sharper(dp, lambda: _mean_of_shifted(p, dp), legal)
+        total = sharper(dp, lambda: mean_of_shifted(p, dp), legal)
         if dlse is None:
             return total
         return total - np.where(visible.any(-1, keepdims=True), dlse[..., None], 0.0)
@@ -180,7 +180,7 @@ def score_gradient(p, do, dlse, cache):
     return _score_gradient(p, do, v, keep, delta)
 
 
-def _mean_of_shifted(p, dp):
+def mean_of_shifted(p, dp):
     """rowsum(p ⊙ dp), with dp shifted in place so that it is 0 at the largest weight.
 
     As Σ p = 1 the shift does not show in dp − rowsum(p ⊙ dp), which would cancel where one key has
@@ -225,7 +225,7 @@ def _dropped(p, keep):
     return p * rate
 
 
-def _softmax(s, sees):
+def masked_softmax(s, sees):
     """p, Σ exp(s − max), lse; lse is −∞ in rows that see nothing."""
     m = np.where(sees, s.max(-1, keepdims=True, initial=-np.inf), 0.0)
     e = np.exp(s - m)
@@ -261,7 +261,7 @@ def _direction_gradient(dxhat, xhat, rate):
     return rate * (dxhat - xhat * (xhat * dxhat).sum(-1, keepdims=True))
 
 
-def _sight(visible):
+def sight(visible):
     """(which queries see something, which keys somebody sees), (…, Tq, 1) and (…, Tk, 1)."""
     return visible.any(-1, keepdims=True), visible.any(-2)[..., None]
 
@@ -327,7 +327,7 @@ def _check(q, k, v, align, window, stride, global_tokens, lengths, cu_seqlens):
     if global_tokens < 0:
         raise ValueError(f"attention: global_tokens must be at least 0, got {global_tokens}")
     if lengths is not None:
-        _expect_lengths(lengths, B, Tk)
+        expect_lengths("attention", lengths, B, Tk)
     if cu_seqlens is not None:
         if lengths is not None:
             raise ValueError("attention: cu_seqlens must come without lengths, got both; give one")
@@ -345,16 +345,14 @@ def _expect_stride(stride, window):
         )
 
 
-def _expect_lengths(lengths, B, Tk):
-    expect_shape("attention", "lengths", lengths, "(B,)", (B,))
+def expect_lengths(op, lengths, B, Tk):
+    expect_shape(op, "lengths", lengths, "(B,)", (B,))
     lengths = np.asarray(lengths)
     if lengths.dtype.kind not in "iu":
-        raise TypeError(f"attention: lengths must be integers, got {lengths.dtype}")
+        raise TypeError(f"{op}: lengths must be integers, got {lengths.dtype}")
     wrong = (lengths < 0) | (lengths > Tk)
     if wrong.any():
-        raise ValueError(
-            f"attention: lengths must lie in 0 … Tk = {Tk}, got {int(lengths[wrong][0])}"
-        )
+        raise ValueError(f"{op}: lengths must lie in 0 … Tk = {Tk}, got {int(lengths[wrong][0])}")
 
 
 def _expect_documents(cu_seqlens, B, Tq, Tk):

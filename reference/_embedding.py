@@ -4,7 +4,8 @@
     dwte[v] = Σ over tokens equal to v of dy,   dwpe likewise over positions
 
 Shapes: tokens (..., T) int; wte (V, C); wpe (P, C) or None; positions broadcastable to tokens,
-0 … T−1 by default; y (..., T, C). dtype float64.
+0 … T−1 by default; y (..., T, C). dtype float64. `sinusoidal_positions` gives a wpe that is not
+learned.
 Source: Radford et al. 2018, section 3.1 (h₀ = U Wₑ + Wₚ).
 """
 

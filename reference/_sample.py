@@ -1,7 +1,10 @@
 """A token drawn from the truncated softmax of the logits, given a uniform number.
 
-    s = logits/temperature,   p = softmax of s over the tokens that the filters keep
+    s = ℓ/temperature,   p = softmax of s over the tokens that the filters keep
     cdf_v = Σ_{v' ≤ v} p_v',   token = the v with cdf_{v−1} ≤ u < cdf_v
+
+ℓ are the logits; those of the tokens in `previous` are first divided by `repetition_penalty` where
+positive and multiplied by it where not, once however often a token is there; −1 there is padding.
 
 Temperature 0 is greedy: the largest logit, the lowest index of equals. The filters, in this order,
 each on the softmax of what the one before has kept:
@@ -16,18 +19,23 @@ A logit of −∞ is never drawn. Rows with NaN or +∞, or without a finite log
 Within a rounding of a boundary, of an interval or of a filter, either neighbour is right.
 There is no backward: a choice has no gradient.
 
-Shapes: logits (..., V); u (...) in 0 … 1, 1 excluded; token (...) int64. dtype float64.
+Shapes: logits (..., V); u (...) in 0 … 1, 1 excluded; previous (..., P) int; token (...) int64.
+dtype float64.
 Source: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2020, arXiv:1904.09751 (top-p);
-Nguyen et al. 2024, arXiv:2407.01082 (min-p); order and edges as in Hugging Face's `generate`.
+Nguyen et al. 2024, arXiv:2407.01082 (min-p); Keskar et al. 2019, arXiv:1909.05858, section 4.1
+(penalty); order and edges as in Hugging Face's `generate`.
 """
 
 import numpy as np
 
-from ._checks import expect_integer, expect_number, expect_shape
+from ._checks import expect_ids, expect_integer, expect_number, expect_shape
 from ._rounding import floats, rescaled
 
 
-def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def sample(
+    logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, *,
+    repetition_penalty=1.0, previous=None,
+):  # fmt: skip
     """The token whose cumulative interval holds u  ->  token, None."""
     logits, u = floats(logits, u)
     expect_shape("sample", "logits", logits, "(..., V)", (*u.shape, None))
@@ -36,8 +44,33 @@ def sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
     outside = ~((u >= 0) & (u < 1))
     if outside.any():
         raise ValueError(f"sample: u must lie in 0 … 1, 1 excluded, got {u[outside].flat[0]}")
+    logits = penalised(logits, repetition_penalty, previous)
     _, cdf = cumulative(logits, temperature, top_k, top_p, min_p)
     return (cdf > u[..., None]).argmax(-1), None
+
+
+def penalised(logits, repetition_penalty=1.0, previous=None):
+    """The logits, those of tokens in `previous` made less likely by a penalty above 1."""
+    if not 0 < repetition_penalty < np.inf:
+        raise ValueError(
+            f"sample: repetition_penalty must be finite and above 0, got {repetition_penalty}"
+        )
+    if previous is None:
+        if repetition_penalty != 1:
+            raise ValueError(
+                "sample: repetition_penalty must come with previous, got none; "
+                "previous are the tokens that are penalised"
+            )
+        return logits
+    V = logits.shape[-1]
+    expect_shape("sample", "previous", previous, "(..., P)", (*logits.shape[:-1], None))
+    previous = expect_ids("sample", "previous", previous, V, "V", also=-1)
+    # one column more, for padding
+    found = np.zeros((*logits.shape[:-1], V + 1), bool)
+    np.put_along_axis(found, previous, True, -1)
+    penalty = np.full_like(logits, repetition_penalty, shape=())
+    less = np.where(logits > 0, logits / penalty, logits * penalty)
+    return np.where(found[..., :V], less, logits)
 
 
 def cumulative(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):

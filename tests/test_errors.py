@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.oracle.op import Index
 
 from gaugeblock import kernels, reference
 from tests.helpers import python
@@ -24,7 +25,7 @@ def wrong_call(op, wrong):
     case, rng = op.cases[0], np.random.default_rng(0)
     inputs = op.draw(case, rng)
     for name, shape in wrong.shapes.items():
-        integer = name in inputs and inputs[name].dtype.kind == "i"
+        integer = isinstance(op.inputs[name], Index)
         inputs[name] = np.zeros(shape, int) if integer else rng.standard_normal(shape)
     for name, change in wrong.values.items():
         inputs[name] = change(inputs[name])
@@ -58,11 +59,9 @@ ASKED = [p for p in WRONGS if p.values[0].kernel is None and is_declared(*p.valu
 def test_a_kernel_is_asked_everything_that_it_takes():
     left_out = {p.id for p in WRONGS if p.values[0].kernel is None} - {p.id for p in ASKED}
     assert left_out == {
-        f"attention-{name}"
-        for name in (
-            "stride_alone", "stride_zero", "half_a_stride", "unknown_score",
-            "temperature_of_dots", "temperatures",
-        )
+        "attention-stride_alone", "attention-stride_zero", "attention-half_a_stride",
+        "attention-unknown_score", "attention-temperature_of_dots", "attention-temperatures",
+        "sample-penalty_zero", "sample-penalty_alone", "sample-previous_rows",
     }  # fmt: skip
 
 

@@ -199,7 +199,7 @@ def test_what_a_function_does_not_declare_is_not_checked():
     def without_lse(q, k, v, causal=False, align="bottom_right", scale=None):
         return eager.attention(q, k, v, causal=causal, align=align, scale=scale)
 
-    masks = "not (window or lengths or cu_seqlens or grouped)"
+    masks = "not (window or lengths or cu_seqlens or grouped or cosine)"
     report = check("attention", without_lse, backward=False, expression=masks)
     assert report.passed
     undeclared = [line.split(":")[0] for line in report.not_checked if "declare" in line]
@@ -207,6 +207,37 @@ def test_what_a_function_does_not_declare_is_not_checked():
     assert undeclared == [*returned, "dropout", "dropout_other_seed"]
     report = check("attention", eager.attention, backward=False, expression=masks)
     assert not [line for line in report.not_checked if "declare" in line]
+
+
+@pytest.mark.parametrize("wrap", [lambda fn: fn, lambda fn: lambda *x, **o: fn(*x, **o)])
+def test_what_a_candidate_does_not_take_is_not_checked(wrap):
+    """Said by its signature, or by the function that it hands its options on to."""
+
+    def plain(q, k, v, *, causal=False, window=None, scale=None):
+        return eager.attention(q, k, v, causal=causal, window=window, scale=scale)
+
+    names = ("stride_merged", "cosine_plain", "cosine_grouped", "window_of_one", "dropout")
+    report = check(
+        "attention", wrap(plain), expression=" or ".join(names),
+        backward=False, layouts=LAYOUT,
+    )  # fmt: skip
+    assert report.passed
+    assert {r.case for r in report.results} == {"window_of_one"}
+    for case, name in (
+        ("stride_merged", "stride"),
+        ("cosine_plain", "score"),
+        ("dropout", "dropout"),
+    ):
+        assert f"{case}: the candidate does not declare {name}" in report.not_checked
+    undeclared = [line for line in report.not_checked if "cosine_grouped" in line]
+    assert "temperature" in undeclared[0]
+
+
+def test_another_unexpected_keyword_is_an_error_of_the_candidate():
+    def broken(q, k, v, **options):
+        return eager.attention(q, k, v, casual=True)
+
+    assert not check("attention", broken, expression="cosine_plain", backward=False).passed
 
 
 def test_gradients_by_central_differences_leave_room_for_legal_roundings():

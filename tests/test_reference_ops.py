@@ -7,27 +7,27 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import triton
 import triton.language as tl
 from gaugeblock.reference import (
+    adam,
     adamw,
     dropout,
-    dropout_backward,
-    linear_cross_entropy,
-    linear_cross_entropy_backward,
     sample,
 )
 from gaugeblock.reference._philox import keep_mask, philox, words
 from gaugeblock.reference._rounding import Arithmetic
-from gaugeblock.reference._sample import cumulative, distribution
+from gaugeblock.reference._sample import cumulative, distribution, penalised
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import check
 from gaugeblock.reference.oracle.budget import evaluate
 from gaugeblock.reference.oracle.expectation import Expectation
+from gaugeblock.reference.oracle.op import Index
 
 from tests.proof.independent import warped
 
-OPS = ("dropout", "residual_layer_norm", "linear_cross_entropy", "adamw", "sample")
+OPS = ("dropout", "residual_layer_norm", "linear_cross_entropy", "adamw", "adam", "sample")
 ROWS = {name: CATALOG[name] for name in OPS}
 accepts = CATALOG["sample"].accepts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,83 +108,6 @@ def test_the_share_that_is_kept_is_binomial(p):
     assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p))
 
 
-def test_masks_of_different_seeds_are_independent():
-    n, p = 100_000, 0.3
-    masks = [keep_mask((n,), p, seed) for seed in (0, 1, -1, 2**32)]
-    for i, a in enumerate(masks):
-        for b in masks[:i]:
-            q = p * p + (1 - p) ** 2
-            assert abs((a == b).sum() - n * q) <= 5 * math.sqrt(n * q * (1 - q))
-
-
-def test_a_mask_depends_on_the_index_alone():
-    whole = keep_mask((6, 50), 0.4, 9)
-    np.testing.assert_array_equal(whole.ravel(), keep_mask((300,), 0.4, 9))
-    tile = np.arange(300).reshape(6, 50)[2:5, 7:31]
-    np.testing.assert_array_equal(whole[2:5, 7:31], keep_mask(tile, 0.4, 9))
-    x = np.ones((50, 6)).T
-    np.testing.assert_array_equal(dropout(x, 0.4, 9)[0] != 0, whole)
-
-
-def test_an_element_is_kept_from_the_threshold_on():
-    # p is a multiple of 2⁻³², so that a word equal to the threshold exists
-    word = int(words(5, 1))
-    assert keep_mask(np.array([5]), word / 2**32, 1)[0]
-    assert not keep_mask(np.array([5]), (word + 1) / 2**32, 1)[0]
-
-
-def test_dropout_is_its_definition():
-    x = np.random.default_rng(0).standard_normal((3, 11))
-    y, cache = dropout(x, 0.35, -3)
-    (dx,) = dropout_backward(x, cache)
-    for i, value in enumerate(x.flat):
-        counter, key = (i, 0, 0, 0), (2**32 - 3, 2**32 - 1)
-        kept = int(philox(counter, key)[0]) >= math.floor(0.35 * 2**32)
-        assert y.flat[i] == dx.flat[i] == (value / (1 - 0.35) if kept else 0)
-
-
-def test_both_ends_of_p():
-    x = np.random.default_rng(0).standard_normal((4, 5))
-    np.testing.assert_array_equal(dropout(x, 0, 1)[0], x)
-    y, cache = dropout(x, 1, 1)
-    assert (y == 0).all()
-    assert (dropout_backward(x, cache)[0] == 0).all()
-
-
-def test_a_dropped_element_is_0_whatever_it_holds():
-    x = np.full(1000, np.nan)
-    y, _ = dropout(x, 0.5, 1)
-    np.testing.assert_array_equal(np.isnan(y), keep_mask((1000,), 0.5, 1))
-    assert (y[~np.isnan(y)] == 0).all()
-
-
-# residual_layer_norm, linear_cross_entropy
-
-
-def test_both_summands_have_the_same_gradient_and_h_is_their_sum():
-    rng = np.random.default_rng(0)
-    x, r, dy, dh = rng.standard_normal((4, 3, 8))
-    w, b = rng.standard_normal((2, 8))
-    op = ROWS["residual_layer_norm"]
-    (_, h), (dx, dr, _, _) = evaluate(op, dict(x=x, r=r, w=w, b=b), {}, (dy, dh))
-    np.testing.assert_array_equal(h, x + r)
-    np.testing.assert_array_equal(dx, dr)
-    _, (without, *_) = evaluate(op, dict(x=x, r=r, w=w, b=b), {}, (dy, 0 * dh))
-    np.testing.assert_allclose(dx - without, dh, rtol=1e-12, atol=1e-14)
-
-
-def test_a_missing_bias_has_no_gradient_and_is_a_bias_of_0():
-    rng = np.random.default_rng(0)
-    x, w, targets = rng.standard_normal((5, 8)), rng.standard_normal((11, 8)), np.arange(5)
-    loss, cache = linear_cross_entropy(x, w, targets)
-    dx, dw, db = linear_cross_entropy_backward(2.0, cache)
-    zero, other = linear_cross_entropy(x, w, targets, np.zeros(11))
-    assert db is None
-    assert loss == zero
-    for ours, want in zip((dx, dw), linear_cross_entropy_backward(2.0, other)):
-        np.testing.assert_array_equal(ours, want)
-
-
 # adamw
 
 
@@ -229,11 +152,63 @@ def test_ten_steps_equal_torchs(change):
             np.testing.assert_allclose(ours, want, rtol=1e-14, atol=1e-14 * np.abs(want).max())
 
 
+# adam
+
+
+def openai_adam(p, g, m, v, t, lr, b1, b2, e, l2):
+    """A step as in finetune-transformer-lm's opt.py, whose t counts from 0, in torch."""
+    tt = t + 1
+    lrt = lr * math.sqrt(1 - b2**tt) / (1 - b1**tt)
+    mt = b1 * m + (1 - b1) * g
+    vt = b2 * v + (1 - b2) * g * g
+    return p - lrt * (mt / (torch.sqrt(vt) + e) + l2 * p), mt, vt
+
+
+@pytest.mark.parametrize(
+    "change", [{}, dict(weight_decay=0.0), dict(eps=0.5), dict(beta1=0.0, beta2=0.9)], ids=str
+)
+def test_ten_steps_equal_openais(change):
+    usual = dict(lr=0.05, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
+    options, rng = usual | change, np.random.default_rng(0)
+    p = rng.standard_normal((7, 33))
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    theirs = tuple(torch.from_numpy(x.copy()) for x in (p, m, v))
+    for step in range(1, 11):
+        g = rng.standard_normal(p.shape)
+        (p, m, v), none = adam(p, g, m, v, step, **options)
+        assert none is None
+        theirs = openai_adam(
+            theirs[0], torch.from_numpy(g), *theirs[1:], step - 1, *options.values()
+        )
+        for ours, want in zip((p, m, v), theirs):
+            want = want.numpy()
+            # the terms that are added are of the size of the largest element
+            np.testing.assert_allclose(ours, want, rtol=1e-14, atol=1e-14 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_without_epsilon_and_decay_both_adams_are_one(eps):
+    """Where ε is nothing beside the root, where it stands says nothing."""
+    rng = np.random.default_rng(0)
+    p, g, m = rng.standard_normal((3, 5, 7))
+    arguments = (p, g, m, m * m, 7, 0.1, 0.9, 0.99, eps, 0.0)
+    for a, b in zip(adam(*arguments)[0], adamw(*arguments)[0]):
+        # ε weighs up to 1/√(1 − β₂ᵗ) = 4 times as much, beside roots of 0.1 and more
+        np.testing.assert_allclose(a, b, rtol=1e-13 + 100 * eps)
+
+
 # sample
 
 
-def brute_force(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def brute_force(
+    logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
+    previous=(),
+):  # fmt: skip
     """One row, token by token."""
+    logits = list(logits)
+    for i in {*map(int, previous)} - {-1}:
+        factor = 1 / repetition_penalty if logits[i] > 0 else repetition_penalty
+        logits[i] *= factor
     if temperature == 0:
         return list(logits).index(max(logits))
     s = [x / temperature for x in logits]
@@ -272,7 +247,10 @@ def test_sample_equals_a_loop_over_rows(op, case):
     token, none = sample(**inputs, **options)
     assert none is None
     assert token.dtype == np.int64
-    want = [brute_force(row, u, **options) for row, u in zip(inputs["logits"], inputs["u"])]
+    want = [
+        brute_force(**{name: x[i] for name, x in inputs.items()}, **options)
+        for i in range(len(token))
+    ]
     np.testing.assert_array_equal(token, want)
 
 
@@ -280,7 +258,25 @@ def kept_by_hugging_face(logits, **options):
     return np.isfinite(warped(torch.from_numpy(logits), **options).numpy())
 
 
-KEPT = [p for p in points("sample") if p.values[1].settings.get("temperature") != 0.0]
+KEPT = [
+    p
+    for p in points("sample")
+    if p.values[1].settings.get("temperature") != 0.0 and not p.values[1].keywords
+]
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.5, 1.0])
+def test_the_penalty_is_hugging_faces(penalty):
+    rng = np.random.default_rng(0)
+    logits, previous = rng.standard_normal((5, 20)), rng.integers(0, 20, (5, 30))
+    logits[:, 3], logits[:, 4] = 0, -np.inf
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.from_numpy(previous), torch.from_numpy(logits.copy())
+    )
+    # a product and a quotient: nothing is rounded twice
+    np.testing.assert_array_equal(penalised(logits, penalty, previous), theirs.numpy())
+    padded = np.concatenate([previous, np.full((5, 3), -1)], 1)
+    np.testing.assert_array_equal(penalised(logits, penalty, padded), theirs.numpy())
 
 
 @pytest.mark.parametrize(("op", "case"), KEPT)
@@ -320,11 +316,6 @@ def test_the_distribution_ends_at_1_and_every_token_is_hit():
         np.testing.assert_array_equal(share > 0, kept[row])
 
 
-def test_an_interval_holds_its_lower_end_and_not_its_upper():
-    token, _ = sample(np.zeros((5, 4)), np.array([0.0, 0.25, 0.5, 0.75, np.nextafter(1, 0)]))
-    np.testing.assert_array_equal(token, [0, 1, 2, 3, 3])
-
-
 def test_the_most_probable_token_stays_however_small_top_p_is():
     kept, cdf = cumulative(np.array([0.3, 2.0, -1.0]), top_p=1e-30)
     np.testing.assert_array_equal(kept, [False, True, False])
@@ -348,9 +339,11 @@ RUNS = [
 @pytest.mark.parametrize(("op", "case"), points("sample"))
 def test_the_cumulative_works_under_legal_arithmetics(op, case):
     inputs, options, _, _ = drawn(op, case)
-    exact, _ = cumulative(inputs["logits"], **options)
+    penalty = options.pop("repetition_penalty", 1.0), inputs.get("previous")
+    logits = penalised(inputs["logits"], *penalty)
+    exact, _ = cumulative(logits, **options)
     for run in RUNS:
-        kept, cdf = cumulative(run(inputs["logits"]), **options)
+        kept, cdf = cumulative(penalised(run(inputs["logits"]), *penalty), **options)
         assert kept.dtype == bool
         assert cdf.dtype == np.float32
         assert (cdf[..., -1] == 1).all()
@@ -358,9 +351,9 @@ def test_the_cumulative_works_under_legal_arithmetics(op, case):
             np.testing.assert_array_equal(kept, exact)
         # V roundings of sums that are at most 1, and of exp at arguments of a few hundred
         error = np.abs(np.asarray(cdf, float) - distribution(
-            inputs["logits"] / (options.get("temperature", 1.0) or 1.0), np.asarray(kept)
+            logits / (options.get("temperature", 1.0) or 1.0), np.asarray(kept)
         ))  # fmt: skip
-        room = (inputs["logits"].shape[-1] + 2000) * np.finfo(np.float32).eps
+        room = (logits.shape[-1] + 2000) * np.finfo(np.float32).eps
         assert error.max(initial=0) <= room
 
 
@@ -374,14 +367,6 @@ def test_the_oracle_accepts_the_reference_and_no_other_token(op, case):
         return
     for wrong in ((token + 1) % V, (token - 1) % V, token * 0 - 1, token * 0 + V):
         assert not accepts(wrong, inputs, options, RUNS).all()
-
-
-def test_either_neighbour_of_a_boundary_is_accepted_and_no_third():
-    logits = np.log(np.array([[0.25, 0.25, 0.25, 0.25]]))
-    for u, right in ((0.5 - 1e-9, [1, 2]), (0.5 + 1e-9, [1, 2]), (0.6, [2])):
-        inputs = dict(logits=logits, u=np.array([u]))
-        ok = [i for i in range(4) if accepts(np.array([i]), inputs, {}, RUNS).all()]
-        assert ok == right
 
 
 def test_what_is_no_token_is_not_accepted():
@@ -441,7 +426,7 @@ def test_the_reference_refuses(op, wrong):
     inputs = op.draw(case, rng)
     op.reference(*inputs.values(), **op.options(case))
     for name, shape in wrong.shapes.items():
-        integer = inputs[name].dtype.kind == "i"
+        integer = isinstance(op.inputs[name], Index)
         inputs[name] = np.zeros(shape, int) if integer else rng.random(shape)
     for name, change in wrong.values.items():
         inputs[name] = change(inputs[name])
@@ -460,6 +445,10 @@ def test_the_reference_refuses(op, wrong):
         (lambda: sample(np.ones(3), 0.5, temperature=math.inf), ValueError, "temperature must be"),
         (lambda: cumulative(np.ones(3), top_p=math.nan), ValueError, "top_p must lie in"),
         (lambda: cumulative(np.ones(3), min_p=-0.1), ValueError, "min_p must lie in"),
+        (lambda: penalised(np.ones(3), math.nan, [0]), ValueError, "repetition_penalty must be"),
+        (lambda: penalised(np.ones(3), 1.5, [3]), ValueError, "previous must lie in 0 … V − 1 = 2"),
+        (lambda: penalised(np.ones(3), 1.5, [-2]), ValueError, "previous must lie in 0 … V − 1"),
+        (lambda: penalised(np.ones(3), 1.5, [0.5]), TypeError, "previous must be integers"),
     ],
 )
 def test_other_bad_values_are_refused(call, raises, message):
@@ -555,6 +544,17 @@ def eager_adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     v.copy_(v32)
 
 
+def eager_adam(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay=0.0):
+    """In place, and a power for a root."""
+    p32, g32, m32, v32 = map(wide, (p, g, m, v))
+    m32 = m32.lerp(g32, 1 - beta1)
+    v32 = beta2 * v32 + (1 - beta2) * g32 * g32
+    rate = lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    p.copy_(p32 * (1 - rate * weight_decay) - rate * m32 / (v32**0.5 + eps))
+    m.copy_(m32)
+    v.copy_(v32)
+
+
 def adamw_in_float32(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     """All scalars, and 1 − βᵗ, in float32; the first moment by interpolation; new tensors."""
     lr, beta1, beta2, eps, weight_decay = (
@@ -569,7 +569,17 @@ def adamw_in_float32(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     return p32.to(p.dtype), m32.to(p.dtype), v32.to(p.dtype)
 
 
-def eager_sample(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+def eager_sample(
+    logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, *, repetition_penalty=1.0,
+    previous=None,
+):  # fmt: skip
+    if previous is not None:
+        logits = wide(logits)
+        rows, columns = (previous >= 0).nonzero(as_tuple=True)
+        seen = torch.zeros(logits.shape, dtype=torch.bool)
+        seen[rows, previous[rows, columns]] = True
+        less = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(seen, less, logits)
     if temperature == 0:
         return (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)
     s = wide(logits) / temperature
@@ -602,6 +612,7 @@ LEGAL = {
     "residual_layer_norm": [eager_residual_layer_norm, residual_layer_norm_written],
     "linear_cross_entropy": [eager_linear_cross_entropy, stored_dlogits],
     "adamw": [eager_adamw, adamw_in_float32],
+    "adam": [eager_adam],
     "sample": [eager_sample],
 }
 
@@ -714,10 +725,42 @@ def wrong_adamw(change):
     return fn
 
 
+def wrong_adam(change):
+    """A step of Adam with one thing changed."""
+
+    def fn(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay=0.0):
+        p32, g32, m32, v32 = map(wide, (p, g, m, v))
+        if change == "l2":
+            g32 = g32 + weight_decay * p32
+        m32 = beta1 * m32 + (1 - beta1) * g32
+        v32 = beta2 * v32 + (1 - beta2) * g32 * g32
+        c1, c2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        if change == "uncorrected":
+            c1 = c2 = 1.0
+        rate = lr * (1 / c1 if change == "uncorrected_v" else c2 / c1)
+        root = v32.sqrt() + (eps * c2 if change == "eps_beside_the_corrected_root" else eps)
+        if change == "eps_inside":
+            root = (v32 + eps).sqrt()
+        decay = {"l2": 0, "decay_at_the_whole_rate": lr / rate if rate else 0}.get(change, 1)
+        p.copy_(p32 - rate * (m32 / root + decay * weight_decay * p32))
+        m.copy_(m32)
+        v.copy_(v32)
+
+    fn.__name__ = f"wrong_adam_{change}"
+    return fn
+
+
 def wrong_sample(change):
     """A sampler with one thing changed."""
 
-    def fn(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    def fn(
+        logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None, *, repetition_penalty=1.0,
+        previous=None,
+    ):  # fmt: skip
+        if previous is not None:
+            return penalty(
+                logits, u, temperature, top_k, top_p, min_p, repetition_penalty, previous
+            )
         if change == "greedy_last" and temperature == 0:
             V = logits.shape[-1]
             best = (logits == logits.amax(-1, keepdim=True)).flip(-1).int().argmax(-1)
@@ -748,6 +791,33 @@ def wrong_sample(change):
             u = (1 - 2**-8) - u
         return eager_sample(logits, u, temperature, top_k, top_p, min_p)
 
+    def penalty(logits, u, temperature, top_k, top_p, min_p, factor, previous):
+        if change == "penalty_ignored":
+            factor = 1.0
+        if change == "penalty_divides_all":
+            seen = torch.zeros(logits.shape).scatter_add_(
+                -1, previous.clamp_min(0), (previous >= 0).float()
+            )
+            return eager_sample(
+                torch.where(seen > 0, wide(logits) / factor, wide(logits)), u, temperature, top_k,
+                top_p, min_p,
+            )  # fmt: skip
+        if change == "penalty_takes_padding_for_token_0":
+            previous = previous.clamp_min(0)
+        if change == "penalty_adds_up":
+            for column in previous.mT[:-1]:
+                logits = once(logits, factor, column[:, None])
+            previous = previous[:, -1:]
+        return eager_sample(
+            logits, u, temperature, top_k, top_p, min_p, repetition_penalty=factor,
+            previous=previous,
+        )  # fmt: skip
+
+    def once(logits, factor, column):
+        x = wide(logits).gather(-1, column.clamp_min(0))
+        less = torch.where(column < 0, x, torch.where(x < 0, x * factor, x / factor))
+        return wide(logits).scatter(-1, column.clamp_min(0), less)
+
     fn.__name__ = f"wrong_{change}"
     return fn
 
@@ -768,11 +838,17 @@ WRONG = {
         for change in ("l2", "uncorrected", "uncorrected_v", "step_from_0", "eps_inside",
                        "decay_last", "moments_kept")
     ],
+    "adam": [
+        wrong_adam(change)
+        for change in ("l2", "uncorrected", "uncorrected_v", "eps_beside_the_corrected_root",
+                       "eps_inside", "decay_at_the_whole_rate")
+    ],
     "sample": [
         wrong_sample(change)
         for change in ("greedy_last", "always_greedy", "temperature_ignored", "one_fewer_in_top_k",
                        "exactly_k", "top_p_without_the_last", "min_p_of_1", "not_renormalised",
-                       "reversed_u")
+                       "reversed_u", "penalty_ignored", "penalty_divides_all",
+                       "penalty_takes_padding_for_token_0", "penalty_adds_up")
     ],
 }  # fmt: skip
 # a rounding to the storage dtype is none in float32

@@ -36,6 +36,12 @@ CASES = {
     "embedding": [Case("tokens", B=4, T=100, V=700, P=300, C=24, tags=("bench",))],
     "dropout": [Case("rows", M=900, N=40, p=0.3, seed=-5, tags=("bench",))],
     "adamw": [Case("rows", M=900, N=40, values=_values("adamw", "odd"), tags=("bench",), **_ADAMW)],
+    "adam": [Case("rows", M=900, N=40, values=_values("adam", "odd"), tags=("bench",), **_ADAMW)],
+    "additive_attention": [
+        Case("rows", B=11, Tq=5, Tk=9, C=6, K=7, D=8, A=40, tags=("bench",)),
+        Case("lengths", B=9, Tq=5, Tk=9, C=6, K=7, D=8, A=40, tags=("bench",),
+             lengths=(9, 1, 2, 3, 4, 5, 6, 7, 8)),
+    ],
     "ffn": [
         Case("rows", M=300, C=150, F=160, tags=("bench",)),
         Case("relu_rank_three", B=3, T=130, C=20, F=140, activation="relu", tags=("bench",),
@@ -66,6 +72,9 @@ CASES = {
         Case("offset", B=1, H=1, Tq=330, Tk=330, D=32, tags=("bench",), values={"v": offset_64}),
     ],
 }  # fmt: skip
+# what the catalog's kernel lacks
+PENALTY = Case("penalty", M=500, V=300, P=20, repetition_penalty=2.0, tags=("bench",),
+               values=_values("sample", "penalty"), keywords=("previous",))  # fmt: skip
 POINTS = [pytest.param(op, c, id=f"{op}-{c.name}") for op, cases in CASES.items() for c in cases]
 
 
@@ -85,6 +94,7 @@ MASKS = [
     _masked("documents", 1, 2, 500, 500, causal=True, cu_seqlens=(0, 0, 130, 131, 500)),
     _masked("dropout", 2, 4, 150, 200, Hkv=2, dropout=0.3, seed=-9, causal=True),
     _masked("many_heads", 5, 8, 80, 80, causal=True),
+    _masked("stride", 1, 2, 300, 400, causal=True, window=20, stride=60),
 ]
 
 
@@ -112,7 +122,12 @@ def compared(part, whole):
 
 
 @pytest.mark.parametrize(
-    ("op", "case"), POINTS + [pytest.param("attention", c, id=c.name) for c in MASKS]
+    ("op", "case"),
+    [
+        *POINTS,
+        *(pytest.param("attention", c, id=c.name) for c in MASKS),
+        pytest.param("sample", PENALTY, id="sample-penalty"),
+    ],
 )
 def test_values_are_those_of_the_whole(op, case):
     part, whole = both(CATALOG[op], case, "float32")

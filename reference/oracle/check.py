@@ -100,11 +100,10 @@ class Checker:
         self.units = []
         self._expectation = None
         for case in self.op.select(cases, expression):
-            optional = _OPTIONAL & set(self.op.options(case)) | set(case.keywords)
+            optional = self._optional(case)
             undeclared = optional - declared(fn, optional)
             if undeclared:
-                names = ", ".join(sorted(undeclared))
-                self.not_checked.append(f"{case.name}: the candidate does not declare {names}")
+                self._note_undeclared(case, undeclared)
                 continue
             if cases == "bench" and not fits(self.op, case):
                 self.not_checked.append(f"{case.name}: needs more memory than there is")
@@ -140,8 +139,23 @@ class Checker:
         if expectation.vanishes():
             return []
         if not self.memory:
-            return expectation.judge(self.adapter, self.fn, layout)
-        return examine(expectation, self.adapter, self.fn, layout, *self.claims)
+            results = expectation.judge(self.adapter, self.fn, layout)
+        else:
+            results = examine(expectation, self.adapter, self.fn, layout, *self.claims)
+        refused = refused_options(results, self._optional(case))
+        if refused:
+            self._note_undeclared(case, refused)
+            return []
+        return results
+
+    def _optional(self, case):
+        """What a case sets of that which a candidate need not have."""
+        return _OPTIONAL & set(self.op.options(case)) | set(case.keywords)
+
+    def _note_undeclared(self, case, names):
+        line = f"{case.name}: the candidate does not declare {', '.join(sorted(names))}"
+        if line not in self.not_checked:
+            self.not_checked.append(line)
 
     def shrink(self, result, seconds):
         """(the smallest case that fails like `result`, seconds spent)."""
@@ -233,6 +247,12 @@ def declared(fn, asked):
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return asked
     return {p.name for p in parameters}
+
+
+def refused_options(results, names):
+    """Those of the names that the candidate, which takes any, hands on to a function without."""
+    said = [r.hint for r in results if r.kind == "exception"]
+    return {n for n in names if any(f"unexpected keyword argument '{n}'" in x for x in said)}
 
 
 def name_of(fn):

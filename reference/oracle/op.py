@@ -29,11 +29,12 @@ class Input:
 
 @dataclass(frozen=True)
 class Index:
-    """An integer input with values in 0 … dims[below] − 1."""
+    """An integer input with values in 0 … dims[below] − 1; keyword as of `Input`."""
 
     shape: str
     below: str
     dtype: str = "int64"
+    keyword: bool = False
 
 
 class Case:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from .._additive_attention import additive_attention, additive_attention_backward
 from .._attention import attend, key_gradients, score_gradient, visible_keys, weights_again
 from .._paged_attention import paged_attention
 from .._philox import keep_mask
@@ -20,6 +21,8 @@ from ..oracle.sampled import Part, blocks, runs_for, spread, taken_in
 _ROWS = 256
 _LEAST_ROWS = 32
 _GROUPS = 8
+# columns of the weights of additive attention
+_COLUMNS = 32
 # queries whose errors stand for those of all
 _ERROR_ROWS = 32
 # the exact pass over all queries of a group costs so many multiplications at most, or one group
@@ -262,3 +265,43 @@ def paged_attention_parts(inputs, options, dys, rng):
         return Part({"o": Take(rows)}, compute, runs=runs)
 
     return [part(int(b)) for b in spread(B, _GROUPS, rng)]
+
+
+def additive_attention_parts(inputs, options, dys, rng):
+    """The parts of `additive_attention`: some rows of the batch, some columns of the weights."""
+    (B, Tq, _), Tk, A = inputs["q"].shape, inputs["k"].shape[1], len(inputs["w"])
+    weights = ("w_q", "w_k", "w")
+    names = [*(f"d{name}" for name in inputs)]
+
+    def of_row(b, take):
+        """{tensor: values} of one row of the batch; of the weights, its share."""
+        arrays = (take(x if n in weights else x[b : b + 1]) for n, x in inputs.items())
+        lengths = options.get("lengths")
+        row = {} if lengths is None else {"lengths": lengths[b : b + 1]}
+        o, cache = additive_attention(*arrays, **row)
+        if dys is None:
+            return {"o": o}
+        gradients = additive_attention_backward(take(dys["o"][b : b + 1]), cache)
+        return {"o": o} | dict(zip(names, gradients))
+
+    def part(b):
+        places = {"o": Tq, "dq": Tq, "dk": Tk, "dv": Tk}
+        takes = {n: Take(b * T + np.arange(T)) for n, T in places.items() if dys or n == "o"}
+
+        def compute(arithmetic):
+            found = of_row(b, taken_in(arithmetic))
+            return {name: found[name] for name in takes}
+
+        return Part(takes, compute, runs=runs_for(4 * Tq * Tk * A))
+
+    columns = spread(A, _COLUMNS, rng)
+
+    def summed(arithmetic):
+        rows = [of_row(b, taken_in(arithmetic)) for b in range(B)]
+        return {f"d{n}": sum(row[f"d{n}"][..., columns] for row in rows) for n in weights}
+
+    parts = [part(int(b)) for b in spread(B, _GROUPS, rng)]
+    if dys is None:
+        return parts
+    takes = {f"d{n}": Take(np.arange(inputs[n].size // A), columns) for n in weights}
+    return [*parts, Part(takes, summed, runs=runs_for(4 * B * Tq * Tk * A))]

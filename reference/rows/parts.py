@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 
+from .._adam import adam
 from .._adamw import adamw
 from .._cross_entropy import cross_entropy, cross_entropy_backward, logit_gradient, row_losses
 from .._dropout import drop, dropout_backward
@@ -392,14 +393,24 @@ def dropout_parts(inputs, options, dys, rng):
     return [Part(dict.fromkeys(names, Take(rows)), compute, runs=ALL_RUNS)]
 
 
-def adamw_parts(inputs, options, dys, rng):
-    """The parts of `adamw`: some rows."""
+def adamw_parts(*problem):
+    """The parts of `adamw`."""
+    return _step_parts(adamw, *problem)
+
+
+def adam_parts(*problem):
+    """The parts of `adam`."""
+    return _step_parts(adam, *problem)
+
+
+def _step_parts(step, inputs, options, dys, rng):
+    """Of a step of an optimiser: some rows."""
     state = [_flat(x) for x in inputs.values()]
     rows = _some_rows(*state[0].shape, rng)
 
     def compute(arithmetic):
         take = taken_in(arithmetic)
-        (p, m, v), _ = adamw(*(take(x[rows]) for x in state), **options)
+        (p, m, v), _ = step(*(take(x[rows]) for x in state), **options)
         return {"p": p, "m": m, "v": v}
 
     return [Part(dict.fromkeys(("p", "m", "v"), Take(rows)), compute, runs=ALL_RUNS)]
@@ -411,9 +422,12 @@ def sample_parts(inputs, options, dys, rng):
     rows = _some_rows(*logits.shape, rng)
     wide = {"logits": logits[rows].astype(np.float64), "u": u.reshape(-1)[rows].astype(np.float64)}
 
+    if "previous" in inputs:
+        wide["previous"] = _flat(inputs["previous"])[rows]
+
     runs = runs_for(_ELEMENTWISE * len(rows) * logits.shape[1])
 
     def compute(arithmetic):
-        return {"token": sample(*wide.values(), **options)[0]}
+        return {"token": sample(**wide, **options)[0]}
 
     return [Part({"token": _elements(u.shape, rows)}, compute, inputs=wide, runs=runs)]

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
-from .._sample import cumulative, distribution
-from ..oracle.op import Case, Input, Wrong
+from .._sample import cumulative, distribution, penalised
+from ..oracle.op import Case, Index, Input, Wrong
 from .parts import sample_parts
 from .row import CPU, FAMILY, LARGE, row
 from .values import all_negative, constant_rows, outlier_row, spread_by_100, tiny, zeros
@@ -53,7 +53,7 @@ def accepts(token, inputs, options, runs):
     """Boolean (...): is each token right, within the rounding of legal runs?
 
     token:  the candidate's, (...).
-    inputs: {"logits": (..., V), "u": (...)} in float64.
+    inputs: {"logits": (..., V), "u": (...)} in float64, and {"previous": (..., P)} or none.
     runs:   callables, each taking a float64 array into one legal arithmetic.
 
     A token is right if some legal set of kept tokens holds it, and its interval of the exact
@@ -61,15 +61,16 @@ def accepts(token, inputs, options, runs):
     float32 ulp, holds u. Legal sets are those of the runs, and the exact ones with their
     thresholds moved by that tolerance and with equals at the edge of top_p chosen in any way.
     """
-    logits, u = inputs["logits"], inputs["u"]
-    token, options = np.asarray(token), dict(options)
+    u, token, options = inputs["u"], np.asarray(token), dict(options)
+    penalty = options.pop("repetition_penalty", 1.0), inputs.get("previous")
+    logits = penalised(inputs["logits"], *penalty)
     temperature = options.get("temperature", 1.0)
     index = np.where((token >= 0) & (token < logits.shape[-1]), token, 0).astype(np.int64)
     if temperature == 0:
         return token == logits.argmax(-1)
 
     s = logits / temperature
-    legal = [cumulative(run(logits), **options) for run in runs]
+    legal = [cumulative(penalised(run(inputs["logits"]), *penalty), **options) for run in runs]
     sets = [np.asarray(kept) for kept, _ in legal]
     errors = [
         np.abs(np.asarray(cdf, np.float64) - distribution(s, kept)).max(-1)
@@ -126,9 +127,33 @@ def _sample_case(name, M, V, *, values=None, tags=(), **options):
     return Case(name, M=M, V=V, values={"u": _uniform} | (values or {}), tags=tags, **options)
 
 
+def _penalty(name, M, V, P, *, values=None, **options):
+    """A case with tokens that came before, some of them several times."""
+    values = {"previous": _padded} | (values or {})
+    return _sample_case(name, M, V, P=P, values=values, keywords=("previous",), **options)
+
+
+def _padded(previous, dims, rng):
+    """The first columns of all rows but one are padding."""
+    previous[1:, : previous.shape[1] // 3] = -1
+    return previous
+
+
+def _all_padding(previous, dims, rng):
+    return np.full_like(previous, -1)
+
+
+def _every_token(previous, dims, rng):
+    return np.broadcast_to(np.arange(dims["P"]) % dims["V"], previous.shape).copy()
+
+
 SAMPLE = row(
     "sample",
-    {"logits": Input("M V", grad=False), "u": Input("M", grad=False, dtype="float32")},
+    {
+        "logits": Input("M V", grad=False),
+        "u": Input("M", grad=False, dtype="float32"),
+        "previous": Index("M P", below="V", keyword=True),
+    },
     [
         _sample_case("odd", 7, 101),
         _sample_case("one_row", 1, 50),
@@ -178,6 +203,21 @@ SAMPLE = row(
         _sample_case("compiled_greedy", 64, 50257, temperature=0.0,
                      tags=("aot", "configuration")),
         _sample_case("cpu_bench", 4, 50257, temperature=0.8, top_k=200, tags=CPU),
+        _penalty("penalty", 19, 77, 40, repetition_penalty=1.8),
+        _penalty("penalty_below_1", 19, 77, 40, repetition_penalty=0.4),
+        _penalty("penalty_greedy", 40, 77, 60, repetition_penalty=3.0, temperature=0.0),
+        # once, however often a token is there
+        _penalty("penalty_repeats", 19, 7, 40, repetition_penalty=1.3),
+        # before the temperature and the filters
+        _penalty("penalty_filters", 40, 77, 50, repetition_penalty=1.5, temperature=0.6, top_k=9,
+                 top_p=0.9, min_p=0.05),
+        _penalty("penalty_of_nothing", 9, 77, 5, repetition_penalty=2.0,
+                 values={"previous": _all_padding}),
+        _penalty("penalty_of_everything", 19, 30, 35, repetition_penalty=2.0,
+                 values={"previous": _every_token}),
+        _penalty("penalty_neutral", 9, 77, 30, repetition_penalty=1.0),
+        _penalty("penalty_masked", 9, 67, 40, repetition_penalty=1.5,
+                 values={"logits": _last_3_masked}),
     ],
     outputs={"token": "M"},
     batch="M",
@@ -195,6 +235,11 @@ SAMPLE = row(
         Wrong("top_p_zero", "top_p must lie in", options={"top_p": 0.0}),
         Wrong("top_p_over_1", "top_p must lie in", options={"top_p": 1.5}),
         Wrong("min_p_over_1", "min_p must lie in", options={"min_p": 1.5}),
+        Wrong("penalty_zero", "repetition_penalty must be", options={"repetition_penalty": 0.0}),
+        Wrong("penalty_alone", "repetition_penalty must come with",
+              options={"repetition_penalty": 1.2}),
+        Wrong("previous_rows", "previous must have shape", shapes={"previous": (6, 3)}),
     ),
+    lacks="previous",
     sampled=sample_parts,
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Rows of `dropout` and `adamw`."""
+"""Rows of `dropout`, `adamw` and `adam`."""
 
 from ..oracle.op import Case, Input, Wrong
-from .parts import adamw_parts, dropout_parts
+from .parts import adam_parts, adamw_parts, dropout_parts
 from .row import CPU, FAMILY, SWEEP, row
 from .values import all_negative, offset_64, outlier_row, tiny, zeros
 
@@ -78,6 +78,22 @@ def _adamw_case(name, M, N, *, values=None, tags=(), **options):
 _TRAINED = dict(step=1000, lr=6e-4)
 _STATE = {name: Input("M N", grad=False) for name in ("p", "g", "m", "v")}
 
+_ERRORS = (
+    Wrong("g_shape", "g must have shape", shapes={"g": (5, 76)}),
+    Wrong("m_shape", "m must have shape", shapes={"m": (77, 5)}),
+    Wrong("v_shape", "v must have shape", shapes={"v": (5,)}),
+    Wrong("step_zero", "step must be at least 1", options={"step": 0}),
+    Wrong("step_float", "step must be an integer", options={"step": 1.5}, raises=TypeError),
+    Wrong("step_over_63_bits", "step must be below", options={"step": 2**63}),
+    Wrong("lr_none", "lr must be a number", options={"lr": None}, raises=TypeError),
+    Wrong("lr_negative", "lr must be finite", options={"lr": -1e-3}),
+    Wrong("lr_nan", "lr must be finite", options={"lr": float("nan")}),
+    Wrong("beta1_one", "beta1 must lie in", options={"beta1": 1.0}),
+    Wrong("beta2_negative", "beta2 must lie in", options={"beta2": -0.1}),
+    Wrong("eps_negative", "eps must be finite", options={"eps": -1e-8}),
+    Wrong("decay_negative", "weight_decay must be finite", options={"weight_decay": -0.1}),
+)
+
 ADAMW = row(
     "adamw",
     _STATE,
@@ -117,20 +133,46 @@ ADAMW = row(
     updates={"p": "p", "m": "m", "v": "v"},
     batch="M",
     flops=lambda c, direction: c.M * c.N * (14 if direction == "fwd" else 0),
-    errors=(
-        Wrong("g_shape", "g must have shape", shapes={"g": (5, 76)}),
-        Wrong("m_shape", "m must have shape", shapes={"m": (77, 5)}),
-        Wrong("v_shape", "v must have shape", shapes={"v": (5,)}),
-        Wrong("step_zero", "step must be at least 1", options={"step": 0}),
-        Wrong("step_float", "step must be an integer", options={"step": 1.5}, raises=TypeError),
-        Wrong("step_over_63_bits", "step must be below", options={"step": 2**63}),
-        Wrong("lr_none", "lr must be a number", options={"lr": None}, raises=TypeError),
-        Wrong("lr_negative", "lr must be finite", options={"lr": -1e-3}),
-        Wrong("lr_nan", "lr must be finite", options={"lr": float("nan")}),
-        Wrong("beta1_one", "beta1 must lie in", options={"beta1": 1.0}),
-        Wrong("beta2_negative", "beta2 must lie in", options={"beta2": -0.1}),
-        Wrong("eps_negative", "eps must be finite", options={"eps": -1e-8}),
-        Wrong("decay_negative", "weight_decay must be finite", options={"weight_decay": -0.1}),
-    ),
+    errors=_ERRORS,
     sampled=adamw_parts,
+)  # fmt: skip
+
+
+# by default of OpenAI's code; the rate is folded, so that early steps are short ones
+_GPT1 = dict(beta2=0.999, weight_decay=0.01)
+_GPT1_TRAINED = dict(step=1000, lr=2.5e-4) | _GPT1
+
+ADAM = row(
+    "adam",
+    _STATE,
+    [
+        _adamw_case("odd", 5, 77),
+        _adamw_case("one_element", 1, 1),
+        _adamw_case("one_over_a_tile", 1, 1025),
+        _adamw_case("several_tiles", 41, 103),
+        # a step that is corrected after its root, or not at all, is another
+        _adamw_case("first_step", 5, 40, step=1, values={"m": zeros, "v": zeros}),
+        _adamw_case("second_step", 5, 40, step=2, **_GPT1),
+        _adamw_case("late_step", 5, 40, step=100_000, **_GPT1),
+        _adamw_case("beta1_zero", 5, 40, beta1=0.0),
+        _adamw_case("beta2_zero", 5, 40, beta2=0.0),
+        _adamw_case("no_decay", 5, 40, weight_decay=0.0),
+        _adamw_case("large_decay", 5, 40, weight_decay=2.0),
+        # beside the root of the uncorrected moment
+        _adamw_case("eps", 5, 40, step=3, eps=0.5),
+        _adamw_case("learning_rate_zero", 5, 40, lr=0.0),
+        _adamw_case("no_gradient_yet", 5, 40, values={"g": zeros, "m": zeros, "v": zeros}),
+        _adamw_case("outlier_row", 5, 40, values={"g": _outlier_row_100,
+                                                  "v": _outlier_row_squared}),
+        _adamw_case("negative", 5, 40, values=dict.fromkeys("pgm", all_negative)),
+        _adamw_case("no_rows", 0, 16, tags=("degenerate", "full")),
+        _adamw_case("cpu_bench", 768, 768, **_GPT1_TRAINED, tags=CPU),
+    ],
+    outputs={"p": "M N", "m": "M N", "v": "M N"},
+    updates={"p": "p", "m": "m", "v": "v"},
+    batch="M",
+    flops=lambda c, direction: c.M * c.N * (14 if direction == "fwd" else 0),
+    errors=_ERRORS,
+    kernel="GPT-1's optimiser, for its checkpoints; what is trained here is trained with adamw",
+    sampled=adam_parts,
 )  # fmt: skip

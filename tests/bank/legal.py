@@ -254,6 +254,18 @@ _MODELS = [
         in_place=(False, True),
     ),
     *_drawn(
+        "adam", models.Adam, 9,
+        form=("textbook", "torch", "folded"), lerp=(False, True), decay=("first", "update"),
+        in_place=(False, True),
+    ),
+    *_drawn(
+        "additive_attention", models.AdditiveAttention, 12,
+        h_rounded=(False, True), t_rounded=(False, True), p_rounded=(False, True),
+        ds_rounded=(False, True), dh_rounded=(False, True), recompute=(False, True),
+        delta=("unrounded", "stored", "p_dp"), order=("forward", "backward", "outside_in"),
+        step=(None, 1, 4, 16),
+    ),
+    *_drawn(
         "sample", models.Sample, 8,
         sums=("serial", "tiled"), block=(8, 32, 128), normalise=(False, True),
     ),

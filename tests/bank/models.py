@@ -403,6 +403,73 @@ class PagedAttention(Attention):
 
 
 @dataclass
+class AdditiveAttention(Model):
+    """A network scores each pair of a query and a key; one pass over whole rows.
+
+    h_rounded, t_rounded: the projections and tanh of their sums, before the products they are in.
+    p_rounded, ds_rounded, dh_rounded: likewise.
+    delta: rowsum(do ∘ o) from the "unrounded" o or the "stored", or "p_dp".
+    recompute: the backward computes tanh again.
+    order, step: of the sums over the units.
+    """
+
+    h_rounded: bool = False
+    t_rounded: bool = False
+    p_rounded: bool = True
+    ds_rounded: bool = False
+    dh_rounded: bool = False
+    delta: str = "unrounded"
+    recompute: bool = False
+    order: str = "forward"
+    step: int | None = None
+
+    def __call__(self, q, k, v, w_q, w_k, w, *, lengths=None):
+        return _Explicit.apply(self, {"lengths": lengths}, q, k, v, w_q, w_k, w)
+
+    def forward(self, q, k, v, w_q, w_k, w, lengths):
+        storage, n = q.dtype, k.shape[1]
+        there = torch.ones(len(k), n, dtype=torch.bool)
+        if lengths is not None:
+            there = torch.arange(n) < lengths.cpu()[:, None]
+        sees = there.any(1)[:, None, None]
+        q = torch.where(sees, q.float(), 0.0)
+        k, v = (torch.where(there[..., None], x.float(), 0.0) for x in (k, v))
+        w_q, w_k, w = w_q.float(), w_k.float(), w.float()
+        h_q, h_k = (
+            rounded(product(x, y, self.step, self.order), storage, self.h_rounded)
+            for x, y in ((q, w_q), (k, w_k))
+        )
+        t = self.units(h_q, h_k, storage)
+        s = product(t, w[:, None], self.step, self.order)[..., 0]
+        s = s.masked_fill(~there[:, None], -math.inf)
+        e = (s - safe(s.amax(-1, keepdim=True))).exp()
+        p = e / e.sum(-1, keepdim=True).clamp_min(1e-30)
+        o = rounded(p, storage, self.p_rounded) @ v
+        saved = q, k, v, w_q, w_k, w, h_q, h_k, t, p, o, sees, storage
+        return torch.where(sees, o, 0.0).to(storage), saved
+
+    def units(self, h_q, h_k, storage):
+        """tanh of every sum, (B, Tq, Tk, A)."""
+        return rounded((h_q[:, :, None] + h_k[:, None]).tanh(), storage, self.t_rounded)
+
+    def backward(self, do, saved):
+        q, k, v, w_q, w_k, w, h_q, h_k, t, p, o, sees, storage = saved
+        do = torch.where(sees, do.float(), 0.0)
+        t = self.units(h_q, h_k, storage) if self.recompute else t
+        dv = rounded(p, storage, self.p_rounded).mT @ do
+        dp = do @ v.mT
+        o = o.to(storage).float() if self.delta == "stored" else o
+        delta = (p * dp if self.delta == "p_dp" else do * o).sum(-1, keepdim=True)
+        ds = rounded(p * (dp - delta), storage, self.ds_rounded)[..., None]
+        dz = ds * w * (1 - t * t)
+        dh_q, dh_k = (rounded(dz.sum(axis), storage, self.dh_rounded) for axis in (2, 1))
+        dw_q, dw_k = (x.flatten(0, 1).mT @ dh.flatten(0, 1) for x, dh in ((q, dh_q), (k, dh_k)))
+        dw = sum_rows((ds * t).flatten(0, 2), self.step, self.order)
+        gradients = dh_q @ w_q.mT, dh_k @ w_k.mT, dv, dw_q, dw_k, dw
+        return tuple(x.to(storage) for x in gradients)
+
+
+@dataclass
 class LayerNorm(Model):
     """Layer normalisation over the last axis.
 
@@ -941,6 +1008,32 @@ class AdamW:
             root = math.sqrt(bias2)
             return m / (v.sqrt() + eps * root) * (root / bias1)
         return (m / bias1) / ((v / bias2).sqrt() + eps)
+
+
+@dataclass
+class Adam(AdamW):
+    """GPT-1's step of Adam: the bias corrections in the rate, the decay beside the direction.
+
+    form: "textbook" (the rate formed first), "torch" (the correction of m last) or "folded" (the
+          direction times both corrections).
+    """
+
+    def __call__(self, p, g, m, v, step, lr, beta1, beta2, eps, weight_decay=0.0):
+        return super().__call__(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay)
+
+    def update(self, p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
+        m, v = self.moments(g, m, v, beta1, beta2)
+        root, bias1 = math.sqrt(self.bias(beta2, step)), self.bias(beta1, step)
+        direction, rate = m / (v.sqrt() + eps), lr * root / bias1
+        if self.decay == "first":
+            p = p * (1 - rate * weight_decay)
+        else:
+            direction = direction + weight_decay * p
+        if self.form == "textbook":
+            return p - rate * direction, m, v
+        if self.form == "torch":
+            return p - direction * (lr * root) / bias1, m, v
+        return p - direction * root * (lr / bias1), m, v
 
 
 @dataclass
