@@ -172,7 +172,7 @@ def score_gradient(p, do, dlse, cache):
             total = (do * o).sum(-1, keepdims=True)
             return otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
 
-        total = sharper(dp, lambda: _mean_of_shifted(p, dp), legal)
+        total = sharper(dp, lambda: mean_of_shifted(p, dp), legal)
         if dlse is None:
             return total
         return total - np.where(visible.any(-1, keepdims=True), dlse[..., None], 0.0)
@@ -180,7 +180,7 @@ def score_gradient(p, do, dlse, cache):
     return _score_gradient(p, do, v, keep, delta)
 
 
-def _mean_of_shifted(p, dp):
+def mean_of_shifted(p, dp):
     """rowsum(p ⊙ dp), with dp shifted in place so that it is 0 at the largest weight.
 
     As Σ p = 1 the shift does not show in dp − rowsum(p ⊙ dp), which would cancel where one key has

@@ -77,6 +77,24 @@ def sizes(*names, keywords=((),), **options):
 
 
 unit = st.floats(0, 1, exclude_max=True)
+
+
+def optimisers():
+    return sizes(
+        "M", "N", step=st.integers(1, 10**6), lr=unit, beta1=unit, beta2=st.floats(0, 0.9999),
+        eps=st.floats(1e-8, 1), weight_decay=unit,
+    )  # fmt: skip
+
+
+@st.composite
+def additive(draw):
+    dims = {n: draw(small) for n in ("B", "Tq", "Tk", "C", "K", "D", "A")}
+    if draw(st.booleans()):
+        lengths = st.lists(st.integers(0, dims["Tk"]), min_size=dims["B"], max_size=dims["B"])
+        dims["lengths"] = tuple(draw(lengths))
+    return dims, ()
+
+
 LEGAL = {
     "linear": sizes("M", "K", "N"),
     "embedding": sizes("B", "V", "C", T=st.just(3), P=st.integers(3, 5)),
@@ -97,19 +115,20 @@ LEGAL = {
         lambda drawn: st.integers(1, 3).map(lambda C: (drawn[0] | {"C": C}, drawn[1]))
     ),
     "dropout": sizes("M", "N", p=unit, seed=seeds),
-    "adamw": sizes(
-        "M", "N", step=st.integers(1, 10**6), lr=unit, beta1=unit, beta2=st.floats(0, 0.9999),
-        eps=st.floats(1e-8, 1), weight_decay=unit,
-    ),
+    "additive_attention": additive(),
+    "adam": optimisers(),
+    "adamw": optimisers(),
     "sample": sizes(
-        "M", "V", temperature=st.sampled_from((0.0, 0.5, 1.0, 2.0)),
+        "M", "V", P=small, keywords=((), ("previous",)), temperature=st.sampled_from((0.0, 0.5, 1.0, 2.0)),
         top_k=st.one_of(st.none(), st.integers(1, 5)),
         top_p=st.one_of(st.none(), st.floats(0.05, 1)), min_p=st.one_of(st.none(), unit),
     ),
 }  # fmt: skip
+POSITIVE = {"v": lambda x, dims, rng: x * x}
 VALUES = {
+    "adam": POSITIVE,
     "sample": {"u": lambda x, dims, rng: rng.random(x.shape)},
-    "adamw": {"v": lambda x, dims, rng: x * x},
+    "adamw": POSITIVE,
 }
 
 

@@ -197,6 +197,8 @@ SPECIAL = {
         Case("rows_of_a_batch", B=1, T=2, V=3, top_p=0.8, min_p=0.5,
              shapes={"logits": "B T V", "u": "B T", "token": "B T"},
              values={"logits": _put(3.0, 0, 0, 0.4, 0.3, 0)}),
+        Case("penalty", M=2, V=4, P=3, repetition_penalty=1.7, keywords=("previous",), values={
+            "logits": _put(2.0, 0, -1, 1), "previous": _indices(0, 2, 0, -1, 1, 3)}),
         Case("min_p_of_0", M=1, V=4, top_k=2, min_p=0.0),
         Case("greedy", M=1, V=5, temperature=0.0),
         Case("top_k", M=2, V=5, top_k=2, values={"logits": _put(3.0, 1, 3, 3, 0, 0, 1, 2, 2, 0)}),

@@ -286,14 +286,18 @@ def cumulative(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
 
 
 def sample(logits, u, previous=None, *, repetition_penalty=1.0, **options):
-    def token(*i):
-        row = list(logits[i])
-        for t in set() if previous is None else set(previous[i].tolist()) - {-1}:
-            row[t] = row[t] / repetition_penalty if row[t] > 0 else row[t] * repetition_penalty
-        cdf = cumulative(row, **options)
-        return next(v for v, below in enumerate(cdf) if below > u[i])
+    def penalised(*i):
+        x, there = logits[i], previous is not None and i[-1] in previous[i[:-1]]
+        if not there:
+            return x
+        return x / repetition_penalty if x > 0 else x * repetition_penalty
 
-    return (array(u.shape, token),)
+    cdf = per_row(array(logits.shape, penalised), lambda row: cumulative(row, **options))
+
+    def token(*i):
+        return next(v for v, below in enumerate(cdf[i]) if below > u[i])
+
+    return cdf, array(u.shape, token)
 
 
 FORMULAS = {

@@ -135,7 +135,16 @@ def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     return transformers.LogitsProcessorList(warpers)(None, logits.clone())
 
 
-def _torch_sample(logits, u, **options):
+def _torch_sample(logits, u, previous=None, *, repetition_penalty=1.0, **options):
+    import transformers
+
+    if previous is not None:
+        penalty = transformers.RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
+        # its padding is a token that is there already
+        rows = [row[row >= 0][None] for row in previous]
+        logits = torch.cat(
+            [penalty(r, x[None].clone()) if r.numel() else x[None] for r, x in zip(rows, logits)]
+        )
     cdf = warped(logits, **options).softmax(-1).cumsum(-1)
     return cdf, torch.searchsorted(cdf, u[..., None], right=True)[..., 0]
 

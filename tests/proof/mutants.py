@@ -100,12 +100,12 @@ def reason(op, function, what):
 
 
 def measured(op):
-    """{"of", "caught", "survivors": [{function, line, change, reason}]} of an op's mutants."""
+    """{"of", "caught", "survivors": [{function, change, reason}]} of an op's mutants."""
     survivors, found = [], mutants(op)
-    for function, line, what, source in found:
+    for function, what, source in found:
         if seen(op, source) is None:
             why = reason(op, function, what)
-            survivors.append({"function": function, "line": line, "change": what, "reason": why})
+            survivors.append({"function": function, "change": what, "reason": why})
     return {"of": len(found), "caught": len(found) - len(survivors), "survivors": survivors}
 
 
@@ -153,7 +153,7 @@ def _mutant(tree, function, place, node, changed):
                 setattr(parent, name, [changed if v is target else v for v in value])
     ast.fix_missing_locations(other)
     what = f"{_short(node)} -> {_short(changed)}"
-    return function.name, node.lineno, what, ast.unparse(other)
+    return function.name, what, ast.unparse(other)
 
 
 def _short(node):

@@ -15,8 +15,6 @@ from .speed import SHAPES, shape_words
 CHECKOUT = Path(__file__).parents[2]
 RECORD = CHECKOUT / "docs" / "reference" / "proof.json"
 PAGE = CHECKOUT / "docs" / "reference.md"
-# the models' speed beside torch, where it has been measured
-MODELS = CHECKOUT / "docs" / "reference" / "speed.json"
 _NOTHING = "–"
 
 
@@ -69,8 +67,8 @@ def _summary(record, ops):
         f"- **Its own forward.** {complex_cases} cases' gradients equal the complex step to "
         f"{complex_error:.0e}.\n"
         f"- **Other people's float64.** torch's autograd agrees to {torch_error:.0e}.\n"
-        f"- **Mutation.** {of - len(left):,} of {of:,} one-place changes of the reference are seen; "
-        f"{known} of the {len(left)} others are equivalent, each with its reason.\n"
+        f"- **Mutation.** {of - len(left):,} of {of:,} one-place changes of the reference are "
+        f"seen; {known} of the {len(left)} others are equivalent, each with its reason.\n"
     )
 
 
@@ -158,8 +156,7 @@ def _mutants(ops):
     for why, found in reasons.items():
         text += f"{why if why.startswith('**') else escape(why)}:\n\n"
         text += "".join(
-            f"- `{op}.{s['function']}`, line {s['line']}: `{s['change'].replace('`', '')}`\n"
-            for op, s in found
+            f"- `{op}.{s['function']}`: `{s['change'].replace('`', '')}`\n" for op, s in found
         )
         text += "\n"
     return text + "</details>\n"

@@ -57,13 +57,14 @@ def outputs_of(y):
 def forward(op):
     """fn(*inputs, **options) -> y, cache. `sample` also gives what it draws from."""
     if op.name == "sample":
-        return _drawn_from
+        return op.called(_drawn_from)
     return op.called(getattr(reference, op.name))
 
 
-def _drawn_from(logits, u, **options):
-    token, _ = _sample.sample(logits, u, **options)
-    return (_sample.cumulative(logits, **options)[1], token), None
+def _drawn_from(logits, u, *, repetition_penalty=1.0, previous=None, **options):
+    penalty = dict(repetition_penalty=repetition_penalty, previous=previous)
+    token, _ = _sample.sample(logits, u, **penalty, **options)
+    return (_sample.cumulative(_sample.penalised(logits, **penalty), **options)[1], token), None
 
 
 def outputs(op):
