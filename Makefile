@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 PARALLEL := -n auto
 endif
 
-.PHONY: demo test gpu gpu-tests readme oracle lint clean
+.PHONY: demo test gpu gpu-tests readme oracle proof lint clean
 
 demo: $(READY)
 	$(RUN) -m gaugeblock.benchmarks.demo
@@ -40,6 +40,10 @@ oracle: $(READY)
 	$(RUN) -m examples.peers --out docs/oracle/peers.json
 	$(RUN) -m tests.bank.quick --out docs/oracle/quick.json
 	$(RUN) -m gaugeblock.benchmarks.readme
+
+# how far the reference is from exact, and what its tests see, for docs/reference.md; minutes
+proof: $(READY)
+	$(RUN) -m tests.proof
 
 lint: $(READY)
 	$(RUN) -m pip install --quiet --constraint constraints.txt ruff

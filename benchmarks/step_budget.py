@@ -108,6 +108,10 @@ def _between(ceilings, config, rows, direction):
         heads, name, each = 6 * hidden, "gradients to float32, added", _ITEM + 4 * _MASTER
     yield _line(ceilings, "heads to rows", direction, config.n_layer, tokens, 0, heads)
     yield _line(ceilings, name, direction, 1, tokens, 0, each * weights)
+    if direction == "bwd":
+        # the tied table has a gradient as the embedding and one as the head
+        both = 3 * _MASTER * config.vocab_size * config.n_embd
+        yield _line(ceilings, "gradients of wte, added", direction, 1, tokens, 0, both)
 
 
 def _optimiser(ceilings, config):

@@ -28,9 +28,12 @@ def generate(
     probabilities first reach p. `seed` makes the draw repeatable.
     slide: past block_size tokens, go on from the last half of the context instead of raising;
     with or without a cache the contexts are the same.
+    Nothing is dropped, in training mode neither.
     Raises ValueError for options out of range, or too many tokens for block_size.
     """
     _expect_options(max_new_tokens, temperature, top_k, top_p)
+    if idx.ndim != 2:
+        raise ValueError(f"generate: idx must have shape (B, T), got {tuple(idx.shape)}")
     block_size, T = model.config.block_size, idx.shape[1]
     if not slide and T + max_new_tokens > block_size:
         raise ValueError(
@@ -40,16 +43,20 @@ def generate(
     draw = None
     if seed is not None:
         draw = torch.Generator(device=idx.device).manual_seed(seed)
-    cache, start = None, max(0, T - block_size)
-    for _ in range(max_new_tokens):
-        if idx.shape[1] - start > block_size:
-            start, cache = idx.shape[1] - block_size // 2 - 1, None
-        if cache is None and use_cache:
-            cache = KVCache(model, idx.shape[0])
-        new = idx[:, start + (cache.length if use_cache else 0) :]
-        logits, _ = model(new, cache=cache)
-        token = sample(logits[:, -1], temperature, top_k, top_p, draw, model.impl)
-        idx = torch.cat([idx, token[:, None].to(idx.dtype)], dim=1)
+    cache, start, training = None, max(0, T - block_size), model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            if idx.shape[1] - start > block_size:
+                start, cache = idx.shape[1] - block_size // 2 - 1, None
+            if cache is None and use_cache:
+                cache = KVCache(model, idx.shape[0])
+            new = idx[:, start + (cache.length if use_cache else 0) :]
+            logits, _ = model(new, cache=cache)
+            token = sample(logits[:, -1], temperature, top_k, top_p, draw, model.impl)
+            idx = torch.cat([idx, token[:, None].to(idx.dtype)], dim=1)
+    finally:
+        model.train(training)
     return idx
 
 

@@ -1,10 +1,11 @@
-"""GPT on the kernels: a pre-LN decoder whose weights are a Hugging Face GPT-2 directory.
+"""GPT on the kernels: a decoder whose weights are a Hugging Face directory of GPT-2 or GPT-1.
 
     h = wte[idx] + wpe[0 … T−1]
-    per layer:  h = h + attn(ln_1(h)),   h = h + ffn(ln_2(h))
-    logits = ln_f(h) headᵀ,   head = wte where tied
+    per layer:  h = h + attn(ln_1(h)),   h = h + ffn(ln_2(h))            GPT-2, GPT-3
+                h = ln_1(h + attn(h)),   h = ln_2(h + ffn(h))            GPT-1
+    logits = ln_f(h) headᵀ,   head = wte where tied;   no ln_f in GPT-1
 
-Source: Radford et al. 2019; the released GPT-2 code.
+Source: Radford et al. 2018 and 2019; Brown et al. 2020; the released GPT-2 code.
 """
 
 from __future__ import annotations
@@ -64,26 +65,23 @@ def torch_device(device):
     return torch.device(device)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One pass through the model: which kernels, which cache, and what is dropped."""
+    """One pass through the model: which kernels, which cache, and what is dropped.
+
+    Each place that drops has a number of its own, which is added to the seed: a counter would stand
+    still where torch.compile meets a hook.
+    """
 
     impl: str
     cache: KVCache | None
     dropout: float
     seed: int
 
-    def next_seed(self):
-        """A seed that no other place of this pass has."""
-        self.seed += 1
-        return self.seed
-
-    def drop(self, x):
-        return (
-            kernels.dropout(x, self.dropout, self.next_seed(), impl=self.impl)
-            if self.dropout
-            else x
-        )
+    def drop(self, x, place):
+        if not self.dropout:
+            return x
+        return kernels.dropout(x, self.dropout, self.seed + place, impl=self.impl)
 
 
 class Affine(nn.Module):
@@ -120,7 +118,8 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.layer = config.n_head, layer
+        self.n_head, self.layer, self.window = config.n_head, layer, config.window(layer)
+        self.place = 3 * layer + 2
         self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
         self.c_proj = Affine(config.n_embd, config.n_embd)
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
@@ -133,26 +132,27 @@ class Attention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         if run.cache is None:
             o = kernels.attention(
-                q, k, v, causal=True, scale=self.scale, dropout=run.dropout, seed=run.next_seed(),
-                impl=run.impl,
+                q, k, v, causal=True, scale=self.scale, window=self.window, dropout=run.dropout,
+                seed=run.seed + self.place, impl=run.impl,
             )  # fmt: skip
         else:
-            o = run.cache.attend(self.layer, q, k, v, self.scale, run.impl)
-        return run.drop(self.c_proj(o.transpose(1, 2).reshape(B, T, C)))
+            o = run.cache.attend(self.layer, q, k, v, self.scale, self.window, run.impl)
+        return run.drop(self.c_proj(o.transpose(1, 2).reshape(B, T, C)), self.place + 1)
 
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Affine(config.n_embd, n_inner)
         self.c_proj = Affine(n_inner, config.n_embd)
-        self.activation = config.activation
+        self.activation, self.place = config.activation, 3 * layer + 4
 
     def forward(self, x, run):
         w1, b1 = self.c_fc.pair(x.dtype)
         w2, b2 = self.c_proj.pair(x.dtype)
-        return run.drop(kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=run.impl))
+        y = kernels.ffn(x, w1, b1, w2, b2, self.activation, impl=run.impl)
+        return run.drop(y, self.place)
 
 
 class Block(nn.Module):
@@ -161,10 +161,15 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config.n_embd, config.eps)
         self.attn = Attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
+        self.post_norm = config.post_norm
 
     def forward(self, h, x, run):
-        """The residual stream h, and x, which the next norm adds to it."""
+        """The residual stream h, and x, which the next norm adds to it; None with post-LN."""
+        if self.post_norm:
+            h, _ = self.ln_1(h, self.attn(h, run), run)
+            h, _ = self.ln_2(h, self.mlp(h, run), run)
+            return h, None
         y, h = self.ln_1(h, x, run)
         y, h = self.ln_2(h, self.attn(y, run), run)
         return h, self.mlp(y, run)
@@ -179,12 +184,13 @@ class KVCache:
     def __init__(self, model, batch):
         c, like = model.config, model.wte.weight
         shape = (c.n_layer, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.k = torch.empty(shape, dtype=model.compute_dtype or like.dtype, device=like.device)
+        self.k = torch.empty(shape, dtype=model.activation_dtype(), device=like.device)
         self.v = torch.empty_like(self.k)
         self.pages = torch.arange(batch, dtype=torch.int32, device=like.device)[:, None]
         self.length = 0
 
-    def attend(self, layer, q, k, v, scale, impl):
+    @torch.no_grad()
+    def attend(self, layer, q, k, v, scale, window, impl):
         """Append a layer's keys and values, and attend to all of that layer's so far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
@@ -192,20 +198,23 @@ class KVCache:
         k, v = self.k[layer], self.v[layer]
         if q.shape[2] > _DECODED_TOGETHER:
             k, v = k[:, :, :end], v[:, :, :end]
-            return kernels.attention(q, k, v, causal=True, scale=scale, impl=impl)
+            return kernels.attention(q, k, v, causal=True, scale=scale, window=window, impl=impl)
         # a row's keys are one page; the same shapes at every step
         lengths = torch.full_like(self.pages[:, 0], end)
-        return kernels.paged_attention(q, k, v, self.pages, lengths, scale=scale, impl=impl)
+        return kernels.paged_attention(
+            q, k, v, self.pages, lengths, scale=scale, window=window, impl=impl
+        )
 
 
 class GPT(nn.Module):
-    """A GPT-2 whose attention, FFN, norms and loss run on the kernels.
+    """A GPT whose attention, FFN, norms and loss run on the kernels.
 
     impl:          which kernels: "auto", "triton" or "eager".
     compute_dtype: activations and the weights they meet are cast to it; None keeps the weights'.
+                   torch.autocast's dtype goes before it.
     dropout:       the share of embeddings, attention weights and both projections' outputs that is
                    dropped while the model is in training mode.
-    dropout_seed:  which ones, 0 … 2⁴⁷; another one for each step.
+    dropout_seed:  which ones, 0 … 2⁴⁷: the caller gives each step another, here or to `forward`.
     """
 
     def __init__(self, config, impl="auto"):
@@ -215,7 +224,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.eps)
+        if not config.post_norm:
+            self.ln_f = LayerNorm(config.n_embd, config.eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -228,27 +238,43 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 p.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
 
-    def forward(self, idx, targets=None, attention_mask=None, *, cache=None, fused_loss=False):
+    def activation_dtype(self):
+        """The torch dtype of activations, and of the weights where they meet."""
+        device = self.wte.weight.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return torch_dtype(self.compute_dtype or self.wte.weight.dtype)
+
+    def forward(
+        self, idx, targets=None, attention_mask=None, *, cache=None, fused_loss=False,
+        dropout_seed=None,
+    ):  # fmt: skip
         """Logits, and the mean cross-entropy where targets are given.
 
         idx, targets: (B, T) int; targets are already shifted, −100 is ignored.
         attention_mask: (B, T), 0 at padding on either side; positions count the tokens that are
         not padding. Logits at padding are 0 and its targets are ignored.
         fused_loss: the loss comes straight from the head, whose logits are never stored.
+        dropout_seed: the model's by default. torch.compile takes an attribute for a constant and
+        compiles anew for each seed there; given here, it compiles once.
         Returns (logits (B, T, V), loss or None); (None, loss) with fused_loss.
         Raises ValueError for shapes, ids out of range (on a CPU) or more than block_size tokens.
         """
         self._expect_ids(idx, 0 if cache is None else cache.length)
         if attention_mask is not None and cache is not None:
             raise ValueError("GPT: attention_mask must be None with a cache, got a mask; drop one")
+        if cache is not None and cache.k.shape[1] != idx.shape[0]:
+            raise ValueError(
+                f"GPT: cache must be for idx's rows, {idx.shape[0]}, got one for {cache.k.shape[1]}"
+            )
         if fused_loss and targets is None:
             raise ValueError("GPT: fused_loss must have targets, got None; pass them")
-        keep = None
+        keep, seed = None, self.dropout_seed if dropout_seed is None else dropout_seed
         if attention_mask is None:
-            x = self._trunk(idx, cache)
+            x = self._trunk(idx, seed, cache)
         else:
             keep = self._kept(idx, attention_mask)
-            x = self._padded_trunk(idx, keep)
+            x = self._padded_trunk(idx, seed, keep)
             if targets is not None:
                 targets = targets.masked_fill(~keep, -100)
         head = self.wte if self.config.tie_word_embeddings else self.lm_head
@@ -262,7 +288,7 @@ class GPT(nn.Module):
             return logits, None
         return logits, kernels.cross_entropy(logits, targets, impl=self.impl)
 
-    def _trunk(self, idx, cache=None):
+    def _trunk(self, idx, seed, cache=None):
         """What the head reads, (B, T, C)."""
         positions = None
         if cache is not None and cache.length:
@@ -271,18 +297,18 @@ class GPT(nn.Module):
         wte, wpe = self.wte.weight, self.wpe.weight
         h = kernels.embedding(idx, wte, wpe, positions, impl=self.impl)
         # whatever seed the caller counts with, the places of two passes have different ones
-        run = Run(self.impl, cache, self.dropout if self.training else 0.0, self.dropout_seed << 16)
-        h, x = run.drop(h.to(self.compute_dtype or h.dtype)), None
+        run = Run(self.impl, cache, self.dropout if self.training else 0.0, seed << 16)
+        h, x = run.drop(h.to(self.activation_dtype()), 1), None
         for block in self.h:
             h, x = block(h, x, run)
         if cache is not None:
             cache.length += idx.shape[1]
-        return self.ln_f(h, x, run)[0]
+        return h if self.config.post_norm else self.ln_f(h, x, run)[0]
 
-    def _padded_trunk(self, idx, keep):
+    def _padded_trunk(self, idx, seed, keep):
         """Move padding behind the tokens, where causality hides it, and what comes out back."""
         order = keep.long().argsort(dim=1, descending=True, stable=True)
-        x = self._trunk(idx.gather(1, order))
+        x = self._trunk(idx.gather(1, order), seed)
         return x.gather(1, order.argsort(dim=1)[..., None].expand_as(x))
 
     def _kept(self, idx, attention_mask):
@@ -322,7 +348,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, impl="auto"):
-        """Read a Hugging Face GPT-2 directory; `dtype` None keeps the file's.
+        """Read a Hugging Face directory of GPT-2 or GPT-1; `dtype` None keeps the file's.
 
         Raises FileNotFoundError without config.json or model.safetensors, ValueError for keys or
         shapes that the configuration does not call for.
@@ -347,7 +373,7 @@ class GPT(nn.Module):
         return model if dtype is None else model.to(torch_dtype(dtype))
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel.
+        """Write config.json and model.safetensors, which transformers loads.
 
         The directory is complete or absent: files are written aside and moved into place.
         """
@@ -356,8 +382,7 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: directory must be a folder to save to, {directory} is a file")
         config = self.config.to_dict() | {"dtype": str(self.wte.weight.dtype)[len("torch.") :]}
         weights = {
-            k if k.startswith("lm_head") else f"transformer.{k}": v.detach().contiguous()
-            for k, v in self.state_dict().items()
+            _file_key(k, self.config): v.detach().contiguous() for k, v in self.state_dict().items()
         }
         with written_aside(directory) as aside:
             (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -387,15 +412,28 @@ class written_aside:
             shutil.rmtree(self.aside, ignore_errors=True)
 
 
+# what GPT-1's directories call the tables
+_TABLES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
+
+
+def _file_key(key, config):
+    """A parameter's key in the file."""
+    if config.post_norm:
+        key = _TABLES.get(key, key)
+    return key if key.startswith("lm_head") else f"transformer.{key}"
+
+
 def _plain_keys(weights, config):
-    """Keys without the `transformer.` prefix, without stored masks and without a tied head."""
+    """The parameters of a file by our keys, without stored masks and without a tied head."""
+    tables = {theirs: ours for ours, theirs in _TABLES.items()} if config.post_norm else {}
     plain = {}
     for key, value in weights.items():
         key = key.removeprefix("transformer.")
-        stored_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
-        tied_head = key == "lm_head.weight" and config.tie_word_embeddings
-        if not stored_mask and not tied_head:
-            plain[key] = value
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            plain[tables.get(key, key)] = value
+    if config.tie_word_embeddings and "lm_head.weight" in plain:
+        # a tied table has two names, of which a file holds one or both
+        plain.setdefault("wte.weight", plain.pop("lm_head.weight"))
     return plain
 
 
@@ -405,7 +443,7 @@ def _expect_weights(weights, wanted):
             raise ValueError(f"model.safetensors: must hold {key!r}, it does not")
     for key, value in weights.items():
         if key not in wanted:
-            raise ValueError(f"model.safetensors: must hold GPT-2's keys only, got {key!r}")
+            raise ValueError(f"model.safetensors: must hold GPT's keys only, got {key!r}")
         if value.shape != wanted[key].shape:
             raise ValueError(
                 f"model.safetensors: {key} must have shape {tuple(wanted[key].shape)}, "

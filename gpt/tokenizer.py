@@ -49,6 +49,14 @@ class FileTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def encode(self, text):
+        """The tokens of a text as an int64 array. Raises ValueError for half characters."""
+        try:
+            # a command line's bytes that are no UTF-8 arrive as halves of pairs
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"tokenizer: text must be UTF-8, character {error.start} is not; convert it"
+            ) from None
         return np.array(self._tokenizer.encode(text).ids, np.int64)
 
     def decode(self, ids):

@@ -79,7 +79,7 @@ _MAY_CHANGE = {"steps", "out", "resume", "device", "impl", "checkpoint_every", "
 
 
 def learning_rate(config, step):
-    """Linear warm-up, then a cosine down to lr_end·lr at the last step."""
+    """Linear warm-up, then a cosine that reaches lr_end·lr where the steps end."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -139,11 +139,12 @@ def train(config, report=lambda record: None):
             record = _step(model, adamw, training, config, step)
             if config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 record["held_out_loss"] = evaluate(model, held_out, config.batch_size)
-            if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                _checkpoint(out / "checkpoints" / f"step-{step + 1:06d}", model, adamw, config)
             records.append(record)
             log.write(json.dumps(record) + "\n")
             log.flush()
+            # after the log, which then holds every step of a checkpoint
+            if config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+                _checkpoint(out / "checkpoints" / f"step-{step + 1:06d}", model, adamw, config)
             report(record)
     seconds = time.perf_counter() - began
     summary = {
@@ -173,8 +174,9 @@ def _step(model, adamw, ids, config, step):
         group["lr"] = rate
     x, y = data.batch(ids, config.block_size, config.batch_size, config.seed, step)
     # a resumed run drops what the whole run would have
-    model.dropout_seed = int(np.random.default_rng([config.seed, step]).integers(2**47))
-    _, loss = model(x.to(config.device), y.to(config.device), fused_loss=True)
+    seed = int(np.random.default_rng([config.seed, step]).integers(2**47))
+    x, y = x.to(config.device), y.to(config.device)
+    _, loss = model(x, y, fused_loss=True, dropout_seed=seed)
     loss.backward()
     adamw.step()
     # asked for after the step, so that the device does not wait for the host to launch it
@@ -248,7 +250,8 @@ def _checkpoint(directory, model, adamw, config):
 
 def _resume(out, model, adamw, config):
     """Load the newest checkpoint into model and optimiser; the number of steps already done."""
-    found = sorted((out / "checkpoints").glob("step-*"))
+    # by number: a million has one digit more
+    found = sorted((out / "checkpoints").glob("step-*"), key=_steps)
     if not found:
         raise ValueError(f"train: --resume needs a checkpoint, {out} holds none; start without it")
     before = json.loads((found[-1] / "config.train.json").read_text())
@@ -260,7 +263,7 @@ def _resume(out, model, adamw, config):
             raise ValueError(
                 f"train: --resume needs {name} as in {found[-1]}, {was!r}, got {value!r}"
             )
-    done = int(found[-1].name.removeprefix("step-"))
+    done = _steps(found[-1])
     if done >= config.steps:
         raise ValueError(f"train: --resume needs steps > {done}, already done, got {config.steps}")
     model.load_state_dict(GPT.from_pretrained(found[-1]).state_dict())
@@ -270,6 +273,10 @@ def _resume(out, model, adamw, config):
         state.setdefault(int(i), {})[name] = tensor
     adamw.load_state_dict({**adamw.state_dict(), "state": state})
     return done
+
+
+def _steps(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _kept_records(path, steps):

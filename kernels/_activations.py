@@ -22,9 +22,12 @@ _DENSITY_AT_0: tl.constexpr = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 @triton.jit
 def _gate_inverse(z):
-    """1/σ(2u), by one exponential; its argument is kept where float32 holds the result."""
+    """(1/σ(2u), whether float32 has nothing so small as σ(2u)), by one exponential.
+
+    Its argument is kept where float32 holds the result.
+    """
     t = z * (_LINEAR + _CUBIC * z * z)
-    return 1.0 + tl.exp2(tl.minimum(t, 126.0, propagate_nan=tl.PropagateNan.ALL))
+    return 1.0 + tl.exp2(tl.minimum(t, 126.0, propagate_nan=tl.PropagateNan.ALL)), t > 126.0
 
 
 @triton.jit
@@ -34,7 +37,8 @@ def activate(z, ACTIVATION: tl.constexpr):
         return tl.where(z <= 0, 0.0, z)
     if ACTIVATION == "gelu":
         return z * (0.5 * (1.0 + tl.erf(z * _SQRT_HALF)))
-    return z / _gate_inverse(z)
+    inverse, closed = _gate_inverse(z)
+    return tl.where(closed, 0.0, z / inverse)
 
 
 @triton.jit
@@ -44,5 +48,6 @@ def slope(z, ACTIVATION: tl.constexpr):
         return tl.where(z > 0, 1.0, 0.0)
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(z * _SQRT_HALF)) + z * tl.exp(-0.5 * z * z) * _DENSITY_AT_0
-    g = 1.0 / _gate_inverse(z)
+    inverse, closed = _gate_inverse(z)
+    g = tl.where(closed, 0.0, 1.0 / inverse)
     return g - z * g * (1.0 - g) * (_LN2 * _LINEAR + 3 * _LN2 * _CUBIC * z * z)

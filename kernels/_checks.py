@@ -5,6 +5,9 @@ import operator
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+# what every kernel takes; eight-bit formats have none yet
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def expect_shape(op, name, tensor, rule, shape):
     """Raise ValueError unless `tensor` has `shape`; None in `shape` leaves that dimension free."""
@@ -31,14 +34,24 @@ def expect_choice(op, name, value, choices):
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def expect_floating(op, name, tensor):
+    """Raise TypeError unless `tensor` has a floating dtype of 16 bits or more."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}; convert it")
+    if tensor.dtype not in _FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be one of float64, float32, float16, bfloat16, "
+            f"got {tensor.dtype}; convert it"
+        )
+
+
 def expect_alike(op, **tensors):
     """All are floating tensors of the first one's dtype, on its device."""
     (first, like), *_ = tensors.items()
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a torch tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}; convert it")
+        expect_floating(op, name, tensor)
         if tensor.dtype != like.dtype:
             raise TypeError(
                 f"{op}: {name} must have {first}'s dtype {like.dtype}, got {tensor.dtype}; "
@@ -68,8 +81,17 @@ def expect_integer(op, name, value):
             raise TypeError(f"{op}: {name} must be an integer, got {kind}") from None
 
 
+def expect_number(op, name, value):
+    """Raise TypeError unless `value` is a real number of some kind."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not hasattr(
+        value, "__float__"
+    ):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def expect_dropout(op, name, p, seed):
     """Raise unless `p` (which the op calls `name`) lies in 0 … 1 and the seed has 64 bits."""
+    expect_number(op, name, p)
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must lie in 0 … 1, got {p}")
     expect_integer(op, "seed", seed)

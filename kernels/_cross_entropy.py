@@ -418,9 +418,9 @@ def cross_entropy(
     expect_alike("cross_entropy", logits=logits)
     expect_dimensions("cross_entropy", "logits", logits, "(..., V)")
     V = logits.shape[-1]
-    expect_options("cross_entropy", label_smoothing, reduction)
+    expect_options("cross_entropy", ignore_index, label_smoothing, reduction)
     expect_choice("cross_entropy", "gradient", gradient, GRADIENTS)
-    expect_targets("cross_entropy", "logits", logits, targets, V, ignore_index)
+    targets = expect_targets("cross_entropy", "logits", logits, targets, V, ignore_index)
     if inplace:
         _expect_overwritable(logits, gradient)
     alpha = float(label_smoothing)

@@ -93,10 +93,14 @@ def _save(ctx, inputs, output):
     x, w1, b1, w2, _, residual, ctx.activation, ctx.kept = inputs
     _, z, a = output
     ctx.added = residual is not None
+    # nobody differentiates z and a: no zeros of their size
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w1, b1, w2, z, a)
 
 
 def _differentiate(ctx, dy, dz, da):
+    if dy is None:
+        return (None,) * 8
     gradients = _bwd_op(dy, *ctx.saved_tensors, ctx.activation, ctx.kept)
     return *gradients, dy if ctx.added else None, None, None
 

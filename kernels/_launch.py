@@ -33,12 +33,13 @@ def resolve(op, impl, tensor):
 
 
 def launch(kernel, programs, *args, **options):
-    """Run `kernel` on a grid of `programs`; the first argument is a tensor of its device."""
+    """Run `kernel` on a grid of `programs`, on the device of its first tensor."""
     if programs == 0:
         return
     LAUNCHES[kernel.fn.__name__] += 1
     if torch.cuda.device_count() > 1:
-        with torch.cuda.device_of(args[0]):
+        # what comes first may be a descriptor, which knows no device
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, torch.Tensor))):
             kernel[(programs,)](*args, **options)
     else:
         kernel[(programs,)](*args, **options)

@@ -327,8 +327,8 @@ def linear_cross_entropy(
         raise ValueError(f"{_OP}: w must have at least one row, got {tuple(w.shape)}")
     if b is not None:
         expect_shape(_OP, "b", b, "(V,)", (V,))
-    expect_options(_OP, label_smoothing, reduction)
-    expect_targets(_OP, "x", x, targets, V, ignore_index)
+    expect_options(_OP, ignore_index, label_smoothing, reduction)
+    targets = expect_targets(_OP, "x", x, targets, V, ignore_index)
     alpha = float(label_smoothing)
     if resolve(_OP, impl, x) == "eager":
         return _eager(

@@ -4,20 +4,24 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import expect_choice, expect_shape, readable
+from ._checks import expect_choice, expect_integer, expect_shape, readable
 from ._launch import launch, tl_accumulator
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def expect_options(op, label_smoothing, reduction):
+def expect_options(op, ignore_index, label_smoothing, reduction):
     expect_choice(op, "reduction", reduction, REDUCTIONS)
+    expect_integer(op, "ignore_index", ignore_index)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must lie in 0 … 1, got {label_smoothing}")
 
 
 def expect_targets(op, name, rows, targets, V, ignore_index):
-    """Targets (...) fit rows (..., any), which the op calls `name`; values only where at hand."""
+    """Targets (...) fit rows (..., any), which the op calls `name`; values only where at hand.
+
+    -> targets as int32 or int64.
+    """
     if not isinstance(targets, torch.Tensor):
         raise TypeError(f"{op}: targets must be a torch tensor, got {type(targets).__name__}")
     expect_shape(op, "targets", targets, "(...)", rows.shape[:-1])
@@ -28,6 +32,9 @@ def expect_targets(op, name, rows, targets, V, ignore_index):
             f"{op}: targets must be on {name}'s device {rows.device}, got {targets.device}; "
             "move them"
         )
+    if targets.dtype not in (torch.int32, torch.int64):
+        # torch compares in the tensor's dtype, in which V or ignore_index may be another number
+        targets = targets.long()
     if readable(targets):
         wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
         if len(wrong):
@@ -35,6 +42,7 @@ def expect_targets(op, name, rows, targets, V, ignore_index):
                 f"{op}: targets must lie in 0 … V − 1 = {V - 1} or be {ignore_index}, "
                 f"got {int(wrong[0])}"
             )
+    return targets
 
 
 def reduce(losses, kept, reduction):

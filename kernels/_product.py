@@ -80,6 +80,8 @@ def walk(
         a_ptrs = a + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
         b_ptrs = b + offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn
         offs = tl.arange(0, BLOCK_K)
+        # a step over rows far apart passes 32 bits
+        step = tl.full((), BLOCK_K, tl.int64)
         for start in range(low, high, BLOCK_K):
             mask_k = offs < K - start
             a_tile = tl.load(a_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
@@ -87,8 +89,8 @@ def walk(
             acc = dot(a_tile, b_tile, acc)
             if SUM:
                 sums += tl.sum(b_tile.to(ACC), 0)
-            a_ptrs += stride_ak * BLOCK_K
-            b_ptrs += stride_bk * BLOCK_K
+            a_ptrs += step * stride_ak
+            b_ptrs += step * stride_bk
     return acc, sums
 
 

@@ -35,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._checks import expect_alike, expect_integer, expect_shape, readable
+from ._checks import expect_alike, expect_integer, expect_number, expect_shape, readable
 from ._configurations import architecture, find
 from ._launch import launch, resolve, tile, tl_accumulator, wide
 
@@ -201,6 +201,11 @@ def _configuration(V, dtype):
     )
 
 
+def _held(temperature):
+    """The nearest temperature that float32 can divide by."""
+    return min(max(temperature, _COLDEST), _HOTTEST)
+
+
 def _forward(logits, u, temperature, top_k, top_p, min_p):
     """logits (M, V), u (M,) -> token (M,)."""
     M, V = logits.shape
@@ -208,7 +213,7 @@ def _forward(logits, u, temperature, top_k, top_p, min_p):
     greedy = temperature == 0
     if greedy:
         top_k = top_p = min_p = None
-    temperature = min(max(temperature, _COLDEST), _HOTTEST)
+    temperature = _held(temperature)
     launch(
         _sample_fwd_kernel, M,
         logits, u.contiguous(), token, *logits.stride(), V,
@@ -245,7 +250,7 @@ def _eager(logits, u, temperature=1.0, top_k=None, top_p=None, min_p=None):
     x = wide(logits)
     if temperature == 0:
         return x.argmax(-1)
-    s = x / temperature
+    s = x / _held(temperature)
     kept = s > -math.inf
     if top_k is not None:
         kept = kept & (s >= s.topk(min(top_k, s.shape[-1])).values[..., -1:])
@@ -301,6 +306,9 @@ def _expect_u(logits, u):
 
 
 def _expect_filters(temperature, top_k, top_p, min_p):
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        if value is not None or name == "temperature":
+            expect_number("sample", name, value)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"sample: temperature must be finite and at least 0, got {temperature}")
     if top_k is not None:

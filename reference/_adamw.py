@@ -16,7 +16,7 @@ arXiv:1412.6980 (bias correction).
 
 import numpy as np
 
-from ._checks import expect_integer, expect_shape
+from ._checks import expect_integer, expect_number, expect_shape
 from ._rounding import floats, rescaled
 
 
@@ -42,9 +42,13 @@ def expect_hyperparameters(op, step, lr, beta1, beta2, eps, weight_decay):
     expect_integer(op, "step", step)
     if step < 1:
         raise ValueError(f"{op}: step must be at least 1, got {step}; the first step is 1")
+    if step >= 2**63:
+        raise ValueError(f"{op}: step must be below 2⁶³, got {step}")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        expect_number(op, name, value)
         if not 0 <= value < np.inf:
             raise ValueError(f"{op}: {name} must be finite and at least 0, got {value}")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
+        expect_number(op, name, value)
         if not 0 <= value < 1:
             raise ValueError(f"{op}: {name} must lie in 0 … 1, 1 excluded, got {value}")

@@ -17,9 +17,9 @@ is W_a and w_k is U_a.
 
 import numpy as np
 
-from ._attention import expect_lengths, masked_softmax, sight, visible_keys
+from ._attention import expect_lengths, masked_softmax, mean_of_shifted, sight, visible_keys
 from ._checks import expect_shape
-from ._rounding import floats, stored
+from ._rounding import floats, sharper, stored
 
 
 def additive_attention(q, k, v, w_q, w_k, w, *, lengths=None):
@@ -31,26 +31,35 @@ def additive_attention(q, k, v, w_q, w_k, w, *, lengths=None):
     q, k, v = np.where(sees, q, 0.0), np.where(seen, k, 0.0), np.where(seen, v, 0.0)
 
     h_q, h_k = stored(q @ w_q), stored(k @ w_k)
-    t = stored(np.tanh(h_q[:, :, None] + h_k[:, None]))
+    z = h_q[:, :, None] + h_k[:, None]
+    t = stored(np.tanh(z))
     s = np.where(visible, (t @ w[:, None])[..., 0], -np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
         p, total, _ = masked_softmax(s, sees)
     o = np.where(sees, stored(stored(p, unit=total) @ v), 0.0)
-    return o, (q, k, v, w_q, w_k, w, t, p, o, sees)
+    return o, (q, k, v, w_q, w_k, w, z, t, p, o, sees)
 
 
 def additive_attention_backward(do, cache):
     """-> dq, dk, dv, dw_q, dw_k, dw."""
-    q, k, v, w_q, w_k, w, t, p, o, sees = cache
+    q, k, v, w_q, w_k, w, z, t, p, o, sees = cache
     do = np.where(sees, floats(do), 0.0)
     dv = stored(p).swapaxes(-1, -2) @ do
     dp = stored(do @ v.swapaxes(-1, -2))
-    ds = stored(p * (dp - (do * o).sum(-1, keepdims=True)))[..., None]
+    delta = sharper(dp, lambda: mean_of_shifted(p, dp), lambda: (do * o).sum(-1, keepdims=True))
+    ds = stored(p * (dp - delta))[..., None]
     dw = (ds * t).sum((0, 1, 2))
-    dz = ds * w * (1 - t * t)
+    dz = ds * w * sharper(t, lambda: _slope_of_tanh(z), lambda: 1 - t * t)
     dh_q, dh_k = stored(dz.sum(2)), stored(dz.sum(1))
     dw_q, dw_k = (_rows(x).T @ _rows(dh) for x, dh in ((q, dh_q), (k, dh_k)))
     return dh_q @ w_q.T, dh_k @ w_k.T, dv, dw_q, dw_k, dw
+
+
+def _slope_of_tanh(z):
+    """1 − tanh² z, which cancels where tanh is nearly ±1."""
+    # a cosh that overflows gives the right answer, 0
+    with np.errstate(over="ignore"):
+        return np.cosh(z) ** -2
 
 
 def _rows(x):

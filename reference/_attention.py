@@ -36,7 +36,7 @@ import numpy as np
 
 from ._checks import expect_choice, expect_integer, expect_shape
 from ._philox import expect_dropout, keep_mask
-from ._rounding import floats, otherwise, rescaled, stored
+from ._rounding import floats, otherwise, rescaled, sharper, stored
 
 
 def visible_keys(
@@ -168,13 +168,26 @@ def score_gradient(p, do, dlse, cache):
     _, _, v, o, _, _, keep, visible, _ = cache
 
     def delta(dp):
-        total = (do * o).sum(-1, keepdims=True)
-        total = otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
+        def legal():
+            total = (do * o).sum(-1, keepdims=True)
+            return otherwise(total, lambda: (p * dp).sum(-1, keepdims=True))
+
+        total = sharper(dp, lambda: mean_of_shifted(p, dp), legal)
         if dlse is None:
             return total
         return total - np.where(visible.any(-1, keepdims=True), dlse[..., None], 0.0)
 
     return _score_gradient(p, do, v, keep, delta)
+
+
+def mean_of_shifted(p, dp):
+    """rowsum(p ⊙ dp), with dp shifted in place so that it is 0 at the largest weight.
+
+    As Σ p = 1 the shift does not show in dp − rowsum(p ⊙ dp), which would cancel where one key has
+    nearly all the weight: what is left is of the other keys' size, exactly 0 where there is none.
+    """
+    dp -= np.take_along_axis(dp, p.argmax(-1, keepdims=True), -1)
+    return np.einsum("...j,...j->...", p, dp)[..., None]
 
 
 def key_gradients(do, q, k, v, lse, delta, visible, keep, scale):
@@ -215,9 +228,24 @@ def _dropped(p, keep):
 def masked_softmax(s, sees):
     """p, Σ exp(s − max), lse; lse is −∞ in rows that see nothing."""
     m = np.where(sees, s.max(-1, keepdims=True, initial=-np.inf), 0.0)
-    total = np.exp(s - m).sum(-1, keepdims=True)
-    lse = m + np.log(total)
-    return np.exp(s - rescaled(np.where(sees, lse, 0.0))), total, lse
+    e = np.exp(s - m)
+    total = e.sum(-1, keepdims=True)
+
+    def exact():
+        # all keys but the largest may be too small to show in a total near 1
+        largest = s.argmax(-1, keepdims=True)
+        one = np.take_along_axis(e, largest, -1)
+        np.put_along_axis(e, largest, 0.0, -1)
+        lse = m + np.where(sees, np.log1p(e.sum(-1, keepdims=True)), -np.inf)
+        np.put_along_axis(e, largest, one, -1)
+        return np.divide(e, np.where(sees, total, 1.0), out=e), lse
+
+    def legal():
+        lse = m + np.log(total)
+        return np.exp(s - rescaled(np.where(sees, lse, 0.0))), lse
+
+    p, lse = sharper(s, exact, legal)
+    return p, total, lse
 
 
 def _direction(x):

@@ -27,6 +27,11 @@ def expect_integer(op, name, value):
         raise TypeError(f"{op}: {name} must be an integer, got {kind}") from None
 
 
+def expect_number(op, name, value):
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def expect_ids(op, name, ids, size, rule, also=None):
     """The ids as integers, each in 0 … size − 1 (or equal to `also`)."""
     ids = np.asarray(ids)

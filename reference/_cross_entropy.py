@@ -1,11 +1,14 @@
 """Softmax cross-entropy of integer targets.
 
-    lse = log Σ_v exp(logits_v)
+    lse = log Σ_v exp(logits_v) = m + log(1 + rest)
     loss = (1 − α)·(lse − logits_target) + α·(lse − mean_v logits_v),   0 where ignored
     dlogits = dloss·(softmax(logits) − (1 − α)·onehot(target) − α/V)
 
 α is `label_smoothing`. "mean" divides by the number of targets that are not ignored (NaN when there
 is none, as in torch). log(softmax) is never formed.
+
+m is the largest logit and rest the sum of all exp(logits_v − m) but its own. Where a model is all
+but sure, lse − logits_target and p_target − 1 are as small as rest, and are added up from it.
 
 Shapes: logits (..., V); targets (...) int; loss () or, for reduction "none", (...). dtype float64.
 Source: Szegedy et al. 2015, arXiv:1512.00567, section 7 (smoothing); the edges as in
@@ -15,7 +18,7 @@ torch.nn.functional.cross_entropy.
 import numpy as np
 
 from ._checks import expect_choice, expect_ids, expect_shape
-from ._rounding import floats, otherwise
+from ._rounding import floats, otherwise, sharper
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -47,26 +50,41 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
 def row_losses(logits, index, kept, alpha):
     """(loss, lse) of each row, lse (..., 1). index: the targets, (..., 1)."""
     m = logits.max(-1, keepdims=True)
-    e = np.exp(logits - np.where(np.isneginf(m), 0.0, m))
-    with np.errstate(divide="ignore"):
-        lse = np.where(np.isneginf(m), 0.0, m) + np.log(e.sum(-1, keepdims=True))
-    loss = (1 - alpha) * (lse - np.take_along_axis(logits, index, -1))[..., 0]
-    if alpha:
-        loss = loss + alpha * (lse - logits.mean(-1, keepdims=True))[..., 0]
-    return np.where(kept, loss, 0.0), lse
+    e = np.exp(logits - np.where(m == -np.inf, 0.0, m))
+    x = np.take_along_axis(logits, index, -1)
+
+    def exact():
+        largest = np.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+        log = np.log1p(np.where(largest, 0.0, e).sum(-1, keepdims=True))
+        mean = (m - logits).mean(-1, keepdims=True) + log if alpha else 0.0
+        return m + log, (1 - alpha) * (m - x + log) + alpha * mean
+
+    def legal():
+        with np.errstate(divide="ignore"):
+            lse = np.where(m == -np.inf, 0.0, m) + np.log(e.sum(-1, keepdims=True))
+        mean = lse - logits.mean(-1, keepdims=True) if alpha else 0.0
+        return lse, (1 - alpha) * (lse - x) + alpha * mean
+
+    lse, loss = sharper(logits, exact, legal)
+    return np.where(kept, loss[..., 0], 0.0), lse
 
 
 def cross_entropy_backward(dloss, cache):
     """-> dlogits."""
     p, index, kept, count, alpha = cache
     dloss = floats(dloss)
-    target = np.zeros(p.shape)
-    np.put_along_axis(target, index, 1 - alpha, -1)
+    onehot = np.arange(p.shape[-1]) == index
+
+    def exact():
+        others = np.where(onehot, 0.0, p)
+        return np.where(onehot, alpha - others.sum(-1, keepdims=True), others)
+
+    excess = sharper(p, exact, lambda: p - np.where(onehot, 1 - alpha, 0.0))
     with np.errstate(invalid="ignore", divide="ignore"):
         rows = np.broadcast_to(dloss / count, kept.shape)
-        return (logit_gradient(rows, kept, p, target, alpha / p.shape[-1]),)
+        return (logit_gradient(rows, kept, excess, alpha / p.shape[-1]),)
 
 
-def logit_gradient(rows, kept, p, target, uniform):
-    """dlogits of any columns. rows: dloss/count; target: (1 − α)·onehot; uniform: α/V."""
-    return np.where(kept[..., None], rows[..., None] * (p - target - uniform), 0.0)
+def logit_gradient(rows, kept, excess, uniform):
+    """dlogits of any columns. rows: dloss/count; excess: p − (1 − α)·onehot; uniform: α/V."""
+    return np.where(kept[..., None], rows[..., None] * (excess - uniform), 0.0)

@@ -15,10 +15,10 @@ Source: Vaswani et al. 2017, section 3.3; Hendrycks and Gimpel 2016, arXiv:1606.
 import math
 
 import numpy as np
-from scipy.special import erf
+from scipy.special import erf, erfc
 
 from ._checks import expect_choice, expect_shape
-from ._rounding import floats, stored
+from ._rounding import floats, sharper, stored
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
@@ -51,10 +51,8 @@ def ffn_backward(dy, cache):
     x, w1, w2, z, a, activation, added = cache
     dy = floats(dy)
     dz = hidden_gradient(dy, w2, z, activation)
-    dresidual = (dy,) if added else ()
-    x, z, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, z, a, dy))
-    dx = (dz @ w1.T).reshape((*dz.shape[:-1], w1.shape[0]))
-    dz = dz.reshape(z.shape)
+    dx, dresidual = dz @ w1.T, (dy,) if added else ()
+    x, dz, a, dy = (t.reshape(-1, t.shape[-1]) for t in (x, dz, a, dy))
     return dx, x.T @ dz, dz.sum(0), a.T @ dy, dy.sum(0), *dresidual
 
 
@@ -67,8 +65,9 @@ def _activate(z, activation):
     if activation == "relu":
         return np.maximum(z, 0)
     if activation == "gelu":
-        return z * (0.5 * (1 + erf(z * math.sqrt(0.5))))
-    return 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)))
+        return z * _normal_cdf(z)
+    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
+    return z * _half_of_1_and_tanh(u)
 
 
 def _slope(z, activation):
@@ -77,7 +76,34 @@ def _slope(z, activation):
         return np.where(z > 0, 1.0, 0.0)
     if activation == "gelu":
         density = np.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-        return 0.5 * (1 + erf(z * math.sqrt(0.5))) + z * density
-    t = np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z))
+        return _normal_cdf(z) + z * density
+    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
     inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * inner
+    return _half_of_1_and_tanh(u) + z * _half_slope_of_tanh(u) * inner
+
+
+def _normal_cdf(z):
+    """Φ(z), which 1 + erf loses where z is far below 0."""
+    z = z * math.sqrt(0.5)
+    return sharper(z, lambda: 0.5 * erfc(-z), lambda: 0.5 * (1 + erf(z)))
+
+
+def _half_of_1_and_tanh(u):
+    """½(1 + tanh u) = 1/(1 + exp(−2u)), which 1 + tanh loses where u is far below 0."""
+    return sharper(u, lambda: _logistic(2 * u), lambda: 0.5 * (1 + np.tanh(u)))
+
+
+def _half_slope_of_tanh(u):
+    """½(1 − tanh² u)."""
+
+    def from_tanh():
+        t = np.tanh(u)
+        return 0.5 * (1 - t * t)
+
+    return sharper(u, lambda: 2 * _logistic(2 * u) * _logistic(-2 * u), from_tanh)
+
+
+def _logistic(x):
+    # an exponential that overflows gives the right answer, 0
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))

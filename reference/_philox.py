@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from ._checks import expect_integer
+from ._checks import expect_integer, expect_number
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -61,6 +61,7 @@ def keep_mask(index, p, seed):
 
 def expect_dropout(op, name, p, seed):
     """Raise unless `p` (which the op calls `name`) lies in 0 … 1 and the seed has 64 bits."""
+    expect_number(op, name, p)
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must lie in 0 … 1, got {p}")
     expect_integer(op, "seed", seed)

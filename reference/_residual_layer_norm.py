@@ -14,7 +14,7 @@ Source: Vaswani et al. 2017, section 5.4 (add and norm); Ba et al. 2016, arXiv:1
 
 from ._checks import expect_shape
 from ._layer_norm import layer_norm, layer_norm_backward, slope
-from ._rounding import floats, rescaled, stored
+from ._rounding import floats, rescaled, sharper, stored
 
 
 def residual_layer_norm(x, r, w, b, eps=1e-5):
@@ -35,8 +35,10 @@ def residual_layer_norm_backward(dy, cache):
     hhat, rstd, w, _, _ = cache
     dy, dh = floats(*dy)
     g = w * dy
-    # dh may join any term: where they cancel, as in a single column, the rounding of this one stays
     others = g.mean(-1, keepdims=True) + hhat * slope(g, cache)
-    dx = (dh + rescaled(rstd * g)) - rstd * others
+    # dh may join any term: where they cancel, as in a single column, the rounding of this one stays
+    dx = sharper(
+        g, lambda: dh + rstd * (g - others), lambda: (dh + rescaled(rstd * g)) - rstd * others
+    )
     _, dw, db = layer_norm_backward(dy, cache)
     return dx, dx, dw, db

@@ -299,3 +299,11 @@ def otherwise(x, other):
     other: a function of nothing that computes it so.
     """
     return other() if isinstance(x, Rounded) and x.arithmetic.takes_another() else x
+
+
+def sharper(x, exact, legal):
+    """`exact()`, or `legal()` where x is `Rounded`: two formulas equal in exact arithmetic.
+
+    The legal one cancels, as it may in a kernel; the exact one keeps the digits of a small result.
+    """
+    return legal() if isinstance(x, Rounded) else exact()

@@ -28,7 +28,7 @@ Nguyen et al. 2024, arXiv:2407.01082 (min-p); Keskar et al. 2019, arXiv:1909.058
 
 import numpy as np
 
-from ._checks import expect_ids, expect_integer, expect_shape
+from ._checks import expect_ids, expect_integer, expect_number, expect_shape
 from ._rounding import floats, rescaled
 
 
@@ -51,6 +51,7 @@ def sample(
 
 def penalised(logits, repetition_penalty=1.0, previous=None):
     """The logits, those of tokens in `previous` made less likely by a penalty above 1."""
+    expect_number("sample", "repetition_penalty", repetition_penalty)
     if not 0 < repetition_penalty < np.inf:
         raise ValueError(
             f"sample: repetition_penalty must be finite and above 0, got {repetition_penalty}"
@@ -114,6 +115,9 @@ def _softmax(s, kept):
 
 
 def _expect_filters(temperature, top_k, top_p, min_p):
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        if value is not None or name == "temperature":
+            expect_number("sample", name, value)
     if not 0 <= temperature < np.inf:
         raise ValueError(f"sample: temperature must be finite and at least 0, got {temperature}")
     if top_k is not None:

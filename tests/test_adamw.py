@@ -206,6 +206,15 @@ def test_views_at_odd_addresses(impl):
     assert all(torch.equal(x, tensors[1][0]) for x, tensors in zip(outside, lists))
 
 
+def test_nothing_is_touched_past_the_end_of_a_chunk_that_is_almost_full():
+    lists = states((4096, 8192))
+    kept = copies(lists)
+    for own in (lists, [tensors[:1] for tensors in lists]):
+        kernels.adamw(*([x[:-1] for x in tensors] for tensors in own), **STEP, impl="triton")
+    for before, after in zip(itertools.chain(*kept), itertools.chain(*lists)):
+        assert before[-1] == after[-1]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_layouts(impl):
     """Transposed alike, lying otherwise, and with gaps; a list of all."""

@@ -209,6 +209,22 @@ def test_a_row_depends_on_no_other_and_not_on_their_number(gradient, many, monke
 
 @pytest.mark.parametrize("impl", ["triton", "eager"])
 @pytest.mark.parametrize("gradient", module.GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16])
+def test_short_targets_are_numbers_like_any(dtype, gradient, impl):
+    """V and ignore_index are others in these dtypes."""
+    fn = functools.partial(kernels.cross_entropy, gradient=gradient, impl=impl)
+    targets = torch.tensor([5, 100, 156 if dtype == torch.uint8 else 7], device=DEVICE)
+    for V in (200, 40_000):
+        logits = draw(3, V)[0].requires_grad_()
+        found = []
+        for t in (targets, targets.to(dtype)):
+            loss = fn(logits, t)
+            found.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+@pytest.mark.parametrize("gradient", module.GRADIENTS)
 def test_ignored_rows_are_not_read(gradient, impl):
     logits, targets = draw(7, 40)
     logits[targets == -100] = NAN

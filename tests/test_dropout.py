@@ -8,6 +8,7 @@ import torch
 from gaugeblock.kernels import _configurations, _dropout
 from gaugeblock.kernels._launch import LAUNCHES
 from gaugeblock.kernels.candidates import dropout as tuned
+from gaugeblock.reference._philox import words
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.adapters import TorchAdapter
 from gaugeblock.reference.oracle.expectation import Expectation
@@ -91,6 +92,13 @@ def test_a_seed_is_its_64_bits(impl):
     assert torch.equal(run(7), run(np.int64(7)))
     assert not torch.equal(run(7), run(7 + 2**32))
     assert not torch.equal(run(7), run(8))
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_a_word_that_equals_the_threshold_is_kept(impl):
+    x, word = random(40), int(words(np.arange(1, dtype=np.uint64), 5)[0])
+    assert kernels.dropout(x, word / 2**32, 5, impl=impl)[0] != 0
+    assert kernels.dropout(x, (word + 1) / 2**32, 5, impl=impl)[0] == 0
 
 
 def test_nothing_is_saved_and_each_direction_is_one_launch():

@@ -94,6 +94,8 @@ def test_kernels_refuse_wrong_kinds(name):
     first, *rest = (n for n in op.floating() if n in tensors)
     with pytest.raises(TypeError, match=f"{name}: {first} must be floating point"):
         fn(*{**tensors, first: tensors[first].int()}.values())
+    with pytest.raises(TypeError, match=f"{name}: {first} must be one of float64, float32"):
+        fn(*{**tensors, first: tensors[first].to(torch.float8_e4m3fn)}.values())
     with pytest.raises(TypeError, match=f"{name}: {first} must be a torch tensor"):
         fn(*{**tensors, first: tensors[first].numpy()}.values())
     with pytest.raises(ValueError, match=f"{name}: impl must be one of"):

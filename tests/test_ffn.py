@@ -1,5 +1,6 @@
 """The feed-forward network and its products: what parity does not show."""
 
+import contextlib
 import functools
 import itertools
 
@@ -11,6 +12,7 @@ from gaugeblock.kernels.candidates import ffn as candidates
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import check
 from gaugeblock.reference.oracle.repro import write_repro
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gaugeblock import kernels
 from tests.helpers import python
@@ -43,6 +45,18 @@ def everything(tensors, activation="gelu_tanh", **options):
     *given, residual = tensors
     y = ffn(*given, activation, residual=residual, **options)
     return y, *torch.autograd.grad(y, tensors, normal(*y.shape, dtype=y.dtype, seed=9))
+
+
+class Created(TorchDispatchMode):
+    """Keeps the names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def equal(these, those):
@@ -297,6 +311,43 @@ def test_the_gradient_of_the_residual_is_dy_and_costs_nothing(launched):
     y = ffn(*tensors[:5])
     torch.autograd.grad(y, tensors[:5], torch.ones_like(y))
     assert len(launched) == with_residual
+
+
+def test_the_backward_makes_no_gradients_of_what_it_saves():
+    """z and a are outputs to torch, which would fill memory of their size with zeros."""
+    tensors = network(20, 16, 24)
+    y = ffn(*tensors[:5])
+    with Created() as created:
+        torch.autograd.grad(y, tensors[:5], normal(20, 16, seed=9))
+    assert not [name for name in created.names if "zeros" in name]
+
+
+def test_a_launch_finds_its_device_among_several(launched, monkeypatch):
+    """Where the first operand is a descriptor, too."""
+    asked = []
+
+    def device_of(x):
+        asked.append(x.device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    a, b = normal(64, 128, dtype=torch.float16), normal(128, 64, dtype=torch.float16, seed=1)
+    _product.product(a, b)
+    ((_, options),) = tiles(launched)
+    assert options["TMA"] == (_configurations.architecture() == "sm_90")
+    assert set(asked) == {a.device}
+
+
+@pytest.mark.parametrize("activation", _activations.ACTIVATIONS)
+@pytest.mark.parametrize("z", [-1e12, -200.0, 200.0, 1e12])
+def test_far_out_an_activation_is_0_or_its_argument(z, activation):
+    """Nothing of a bounded exponential is left: a unit that is off has no gradient."""
+    x = torch.tensor([[z]], requires_grad=True)
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    y = ffn(x, one, none, one, none, activation)
+    (dx,) = torch.autograd.grad(y, x, one)
+    assert (y.item(), dx.item()) == ((x.item(), 1) if z > 0 else (0, 0))
 
 
 def test_a_product_accumulates_in_float32_in_place():

@@ -6,10 +6,18 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from gaugeblock.gpt import GPT, GPTConfig, KVCache
+from gaugeblock.gpt.config import PRESETS
 from gaugeblock.gpt.generate import sample
 from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from gaugeblock import kernels, reference
 from tests.helpers import gaugeblock
@@ -23,16 +31,23 @@ SHAPES = {
     "scaled_by_layer": {"scale_attn_by_inverse_layer_idx": True},
     "narrow_ffn": {"n_inner": 20},
     "eps": {"layer_norm_epsilon": 0.1},
+    "gpt1": {"model_type": "openai-gpt"},
+    "gpt1_untied": {"model_type": "openai-gpt", "tie_word_embeddings": False, "afn": "relu"},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = dict(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=41)
+KINDS = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "openai-gpt": (OpenAIGPTConfig, OpenAIGPTLMHeadModel),
+}
 
 
 def peer(scale=0.2, seed=0, **options):
-    """A GPT-2 of transformers in float64 with every parameter random."""
+    """A GPT of transformers in float64 with every parameter random."""
+    config, model = KINDS[options.pop("model_type", "gpt2")]
     # no special tokens: the usual ones lie outside so small a vocabulary
-    config = GPT2Config(**{**SIZES, **options}, bos_token_id=None, eos_token_id=None)
-    model = GPT2LMHeadModel(config).double().eval()
+    config = config(**{**SIZES, **options}, bos_token_id=None, eos_token_id=None)
+    model = model(config).double().eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -63,8 +78,14 @@ def close(mine, theirs):
 
 
 def named_gradients(model):
-    prefix = "transformer."
-    return {n.removeprefix(prefix): p.grad.numpy() for n, p in model.named_parameters()}
+    return plain({n: p.grad.numpy() for n, p in model.named_parameters()})
+
+
+def plain(named):
+    """By the names that both kinds of GPT have in our model."""
+    tables = {"tokens_embed.weight": "wte.weight", "positions_embed.weight": "wpe.weight"}
+    named = {n.removeprefix("transformer."): x for n, x in named.items()}
+    return {tables.get(n, n): x for n, x in named.items()}
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.2])
@@ -90,22 +111,116 @@ def test_both_models_agree_with_transformers(options, scale, tmp_path):
     true_loss, true_gradients = truth.loss_and_gradients(idx.numpy(), targets.numpy())
     close(true_loss, loss)
 
+    true_gradients = plain(true_gradients)
     assert set(true_gradients) == set(their_gradients) == set(named_gradients(model))
     for name, gradient in their_gradients.items():
         close(true_gradients[name], gradient)
         close(named_gradients(model)[name], gradient)
 
 
-def test_a_directory_goes_there_and_back(saved, tmp_path):
-    theirs, directory = saved
-    ours(directory).save_pretrained(tmp_path / "ours")
-    back = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_goes_there_and_back(kind, tmp_path):
+    theirs = peer(model_type=kind)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    back = KINDS[kind][1].from_pretrained(tmp_path / "ours", dtype=torch.float64)
     idx = tokens(2, 9)
     close(back(idx).logits.detach(), theirs(idx).logits)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", "model.safetensors"}
-    assert list(tmp_path.iterdir()) == [tmp_path / "ours"]
+    assert {p.name for p in tmp_path.iterdir()} == {"ours", "theirs"}
+
+
+WINDOWS = {
+    "gpt3": {"attention_windows": (None, 3, 5)},
+    "gpt1": {"model_type": "openai-gpt"},
+}
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+def test_banded_and_post_ln_layers_agree_with_the_reference(options, impl, tmp_path):
+    torch.manual_seed(1)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=24, vocab_size=41, **options)
+    model = GPT(config, impl).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    truth = reference.GPT.from_pretrained(tmp_path)
+    again = ours(tmp_path, impl=impl)
+    assert again.config.to_dict().items() >= config.to_dict().items()
+    # compiled and interpreted kernels take their scale and eps in float32
+    tolerance = dict(rtol=1e-5, atol=1e-6) if impl == "triton" else dict(rtol=1e-10, atol=1e-10)
+    idx, targets = tokens(2, 13), tokens(2, 13, seed=1)
+    again = again.to(DEVICE) if impl == "triton" else again
+    logits, loss = again(idx.to(again.wte.weight.device), targets.to(again.wte.weight.device))
+    loss.backward()
+    want, gradients = truth.loss_and_gradients(idx.numpy(), targets.numpy())
+    np.testing.assert_allclose(logits.detach().cpu(), truth(idx.numpy()), **tolerance)
+    np.testing.assert_allclose(loss.detach().cpu(), want, **tolerance)
+    for name, g in plain(gradients).items():
+        mine = again.get_parameter(name).grad.cpu()
+        np.testing.assert_allclose(mine, g, **tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("prompt", [5, 18], ids=["decoded", "prefilled"])
+def test_a_cache_keeps_bands_and_post_ln(options, prompt):
+    torch.manual_seed(2)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=24, vocab_size=41, **options)
+    model = GPT(config, "eager").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    idx = tokens(2, 24)
+    want, _ = model(idx)
+    cache = KVCache(model, 2)
+    parts = [model(idx[:, :prompt], cache=cache)[0]]
+    parts += [model(idx[:, t : t + 1], cache=cache)[0] for t in range(prompt, 24)]
+    close(torch.cat(parts, 1).detach(), want)
+
+
+# parameters of the published shapes, with the head tied
+PRESET_COUNTS = {
+    "gpt1": 116_534_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-125m": 125_226_240,
+    "gpt3-350m": 355_871_744,
+    "gpt3-760m": 760_300_032,
+    "gpt3-1.3b": 1_315_723_264,
+    "gpt3-2.7b": 2_651_553_280,
+    "gpt3-6.7b": 6_658_404_352,
+    "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
+}
+
+
+def test_presets_have_their_parameters():
+    counted = {name: reference.parameter_count(config) for name, config in PRESETS.items()}
+    assert counted == PRESET_COUNTS
+    for name in ("gpt1", "gpt2", "gpt3-125m", "gpt3-175b"):
+        with torch.device("meta"):
+            model = GPT(GPTConfig.preset(name))
+        assert model.parameter_count() == PRESET_COUNTS[name]
+        # the reference's truth about names and shapes is the model's
+        wanted = plain(reference.parameter_shapes(model.config))
+        assert {k: tuple(p.shape) for k, p in model.named_parameters()} == wanted
+    windows = GPTConfig.preset("gpt3-125m").attention_windows
+    assert windows == (None, 256) * 6
+    with pytest.raises(ValueError, match=r"name must be one of gpt1, .*, got 'gpt4'"):
+        GPTConfig.preset("gpt4")
+
+
+@pytest.mark.parametrize("name", ["n_inner", "scale_attn_weights", "activation"])
+def test_what_gpt1_cannot_say_is_refused(name):
+    value = {"n_inner": 5, "scale_attn_weights": False, "activation": "gelu"}[name]
+    with pytest.raises(ValueError, match=f"{name} must be .* for openai-gpt, got"):
+        GPTConfig(model_type="openai-gpt", **{name: value})
 
 
 def test_keys_without_the_prefix_load_too(saved, tmp_path):
@@ -166,6 +281,30 @@ def test_past_the_context_is_an_error_or_slides(saved):
     long = [model.generate(tokens(1, 30), 40, 0, slide=True, use_cache=c) for c in (True, False)]
     assert long[0].shape == (1, 70)
     assert torch.equal(*long)
+
+
+def test_past_the_context_it_goes_on_from_the_last_half(saved, monkeypatch):
+    model, seen = ours(saved[1]), []
+    forward = GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *a, **k: seen.append(a[1]) or forward(*a, **k))
+    said = model.generate(tokens(1, 30), 14, 0, slide=True, use_cache=False)
+    # all of the context, then half of it and what is new
+    lengths = [24, *range(13, 25), 13]
+    for i, (idx, length) in enumerate(zip(seen, lengths, strict=True)):
+        assert torch.equal(idx, said[:, 30 + i - length : 30 + i])
+
+
+def test_each_token_has_a_draw_of_its_own_and_the_filters(saved, monkeypatch):
+    model, idx, seen = ours(saved[1]), tokens(2, 3), []
+    greedy = model.generate(idx, 9, 0)
+    for options in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-3)):
+        assert torch.equal(model.generate(idx, 9, seed=1, **options), greedy)
+    op = kernels.sample
+    monkeypatch.setattr(
+        kernels, "sample", lambda x, u, *a, **k: seen.append(u) or op(x, u, *a, **k)
+    )
+    model.generate(idx, 9, seed=1)
+    assert len(torch.cat(seen).unique()) == 18
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
@@ -262,17 +401,23 @@ def test_wrong_ids_are_refused(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layers": 2}, "every key must be one of GPT-2's, got 'n_layers'"),
+        ({"n_layers": 2}, "every key must be one of GPT's, got 'n_layers'"),
         ({"activation_function": "silu"}, "activation_function must be one of"),
-        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        ({"model_type": "llama"}, "model_type must be one of gpt2, openai-gpt, got 'llama'"),
         ({"add_cross_attention": True}, "add_cross_attention must be False, got True"),
         ({"layer_norm_epsilon": "x"}, "eps must be a number ≥ 0, got 'x'"),
+        (
+            {"attention_windows": [2]},
+            "attention_windows must be a list of n_layer = 3 entries, got",
+        ),
+        ({"attention_windows": [2, 0, 2]}, "must hold None or whole numbers ≥ 1, got 0"),
+        ({"model_type": "openai-gpt"}, "every key must be one of GPT's, got 'activation_function'"),
         ({"n_inner": -4}, "n_inner must be a whole number ≥ 1, got -4"),
         ({"n_head": 3}, "n_head must divide n_embd = 16, got 3"),
         ({"n_layer": None}, "n_layer must be a whole number ≥ 1, got None"),
         ({"n_embd": 32}, r"must have shape \(96,\), got \(48,\)"),
         ({"n_layer": 4}, "must hold 'h.3.ln_1.weight', it does not"),
-        ({"n_layer": 2}, "must hold GPT-2's keys only, got 'h.2"),
+        ({"n_layer": 2}, "must hold GPT's keys only, got 'h.2"),
     ],
 )
 def test_a_wrong_directory_is_refused(saved, tmp_path, change, message):
@@ -292,6 +437,18 @@ def test_a_directory_without_weights_is_refused(saved, tmp_path, model):
     (tmp_path / "config.json").write_text((saved[1] / "config.json").read_text())
     with pytest.raises(FileNotFoundError, match=r"must hold model\.safetensors"):
         model.from_pretrained(tmp_path)
+
+
+def test_a_prompt_that_is_no_text_is_refused_in_one_line(saved, tmp_path):
+    ours(saved[1]).save_pretrained(tmp_path)
+    ByteTokenizer().save(tmp_path)
+    ran = gaugeblock(
+        "generate", "--model", tmp_path, "--prompt", b"a\xff".decode(errors="surrogateescape")
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert (
+        ran.stderr == "gaugeblock: tokenizer: text must be UTF-8, character 1 is not; convert it\n"
+    )
 
 
 def test_broken_files_are_refused_in_one_line(saved, tmp_path):
@@ -430,6 +587,99 @@ def test_dropout_is_for_training_and_follows_its_seed(saved):
     assert torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], whole)
+
+
+def test_each_place_that_drops_has_a_seed_of_its_own(saved, monkeypatch):
+    seeds = []
+    for name, at in (("dropout", 2), ("attention", None)):
+        op = getattr(kernels, name)
+
+        def spied(*args, op=op, at=at, **options):
+            seeds.append(options["seed"] if at is None else args[at])
+            assert (options["dropout"] if at is None else args[1]) == 0.1
+            return op(*args, **options)
+
+        monkeypatch.setattr(kernels, name, spied)
+    model = ours(saved[1])
+    model.dropout = 0.1
+    for step in (0, 1):
+        model(tokens(1, 3), dropout_seed=step)
+    # embedding; attention and two projections of each layer
+    assert len(seeds) == len(set(seeds)) == 2 * (1 + 3 * SIZES["n_layer"])
+
+
+def test_generation_drops_nothing_and_leaves_the_mode_as_it_was(saved):
+    model, idx = ours(saved[1], "float32"), tokens(2, 5)
+    want = model.generate(idx, 12, 0)
+    model.dropout = 0.5
+    for training in (True, False):
+        model.train(training)
+        for use_cache in (True, False):
+            assert torch.equal(model.generate(idx, 12, 0, use_cache=use_cache), want)
+            assert model.training == training == model.h[0].training
+
+    def fails(*_):
+        raise IndexError("a fault")
+
+    model.train().register_forward_hook(fails)
+    with pytest.raises(IndexError, match="a fault"):
+        model.generate(idx, 1)
+    assert model.training
+
+
+def test_what_is_cached_has_no_gradient(saved):
+    model = ours(saved[1])
+    cache = KVCache(model, 2)
+    for count in (18, 3, 1):
+        # outside of no_grad, a graph would grow with every token
+        model(tokens(2, count), cache=cache)
+    assert not cache.k.requires_grad and not cache.v.requires_grad
+    with pytest.raises(ValueError, match="cache must be for idx's rows, 3, got one for 2"):
+        model(tokens(3, 1), cache=cache)
+    assert cache.length == 22
+
+
+def test_generation_needs_rows(saved):
+    with pytest.raises(ValueError, match=r"generate: idx must have shape \(B, T\), got \(5,\)"):
+        ours(saved[1]).generate(tokens(1, 5)[0], 2)
+
+
+def test_a_compiled_model_is_not_compiled_anew_for_each_dropout_seed(saved):
+    model, idx, targets = ours(saved[1], "float32"), tokens(2, 13), tokens(2, 13, seed=1)
+    model.dropout = 0.3
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    losses = []
+    for model.dropout_seed in range(2**40, 2**40 + 4):
+        losses.append(model(idx, targets)[1])
+    model.dropout_seed = 0
+    for seed, loss in zip(range(2**40, 2**40 + 4), losses):
+        assert torch.equal(model(idx, targets, dropout_seed=seed)[1], loss)
+        assert torch.equal(compiled(idx, targets, dropout_seed=seed)[1], loss)
+    assert len(set(losses)) == 4
+    # the first seed as a constant, all others as a symbol
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_autocast_and_names_choose_the_dtype_of_activations(saved, impl):
+    idx, targets = tokens(2, 7).to(DEVICE), tokens(2, 7, seed=1).to(DEVICE)
+    model = ours(saved[1], "float32", impl).to(DEVICE)
+    for model.compute_dtype in ("bfloat16", torch.bfloat16):
+        want, loss = model(idx, targets)
+        assert want.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    said = model.generate(idx, 3, 0)
+    model.compute_dtype = None
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got, loss = model(idx, targets)
+        again = model.generate(idx, 3, 0)
+    assert got.dtype == torch.bfloat16
+    # plain torch multiplies in the narrow dtype there, the kernels do not
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * want.abs().max().item())
+    if impl == "triton":
+        assert torch.equal(got, want) and torch.equal(again, said)
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_all_kernels_drop_the_same_as_their_twins(saved):

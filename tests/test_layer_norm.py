@@ -270,6 +270,20 @@ def test_gradcheck_of_the_residual_form_in_float64():
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("N", [1, 5, 300, 8200])
+def test_float64_is_float64_throughout(op, N):
+    """Gradcheck would let a float32 step through. eps is one that float32 holds."""
+    leaves, dys = inputs_of(op, 3, N, torch.float64)
+    results = []
+    for impl in ("triton", "eager"):
+        ys = getattr(kernels, op)(*leaves, eps=2.0**-17, impl=impl)
+        ys = ys if isinstance(ys, tuple) else (ys,)
+        results.append([*ys, *torch.autograd.grad(ys, leaves, dys)])
+    for x, want in zip(*results, strict=True):
+        torch.testing.assert_close(x, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_the_table_covers_every_width(op):
     rows = _configurations.rows(op)
     for architecture in ("sm_80", "sm_90"):

@@ -209,6 +209,17 @@ def test_leading_dimensions_and_a_tied_head(impl):
     torch.testing.assert_close(w.grad, want, rtol=1e-5, atol=1e-7)
 
 
+def test_on_a_machine_of_several_devices(monkeypatch):
+    """Kernels run on the device of what they read, be it a tensor or a descriptor of one."""
+    x, w, targets, _ = draw(3, 16, 40, torch.bfloat16)
+    plain = gradients(x, w, targets)
+    first, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: first.append(x) or device_of(x))
+    assert all(map(torch.equal, gradients(x, w, targets), plain))
+    assert len(first) > 4 and all(isinstance(x, torch.Tensor) for x in first)
+
+
 def test_launches_follow_the_chunks():
     x, w, targets, _ = draw(3, 16, SPLIT + 9, torch.bfloat16)
     LAUNCHES.clear()
@@ -253,6 +264,29 @@ def test_the_operators_without_a_bias_are_registered_as_torch_wants_them():
     arguments = losses, x.detach(), w.detach(), targets, None, lse, -100, 0.1
     wanted = torch.library.opcheck(module._bwd_op, arguments)
     assert set(wanted.values()) == {"SUCCESS"}, wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16])
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_short_targets_are_numbers_like_any(impl, dtype):
+    """V and ignore_index are others in these dtypes."""
+    fn = functools.partial(kernels.linear_cross_entropy, impl=impl)
+    x, w, _, _ = draw(3, 1, 200)
+    targets = torch.tensor([5, 100, 156 if dtype == torch.uint8 else 7], device=DEVICE)
+    for ignored in (-100, 7, 5 - 2**16):
+        want = fn(x, w, targets, ignore_index=ignored)
+        assert torch.equal(fn(x, w, targets.to(dtype), ignore_index=ignored), want)
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+@pytest.mark.parametrize("ignore_index", [None, 1.5])
+def test_an_ignore_index_that_is_no_integer_is_refused(ignore_index, impl):
+    x, w, targets, _ = draw(3, 16, 40)
+    kind = type(ignore_index).__name__
+    with pytest.raises(TypeError, match=f"^linear_cross_entropy: ignore_index must be an .*{kind}"):
+        kernels.linear_cross_entropy(x, w, targets, ignore_index=ignore_index, impl=impl)
+    with pytest.raises(TypeError, match=f"^cross_entropy: ignore_index must be an .*{kind}$"):
+        kernels.cross_entropy(x, targets.clamp(max=9), ignore_index=ignore_index, impl=impl)
 
 
 def test_an_empty_head_is_refused():

@@ -25,6 +25,8 @@ from gaugeblock.reference.oracle.budget import evaluate
 from gaugeblock.reference.oracle.expectation import Expectation
 from gaugeblock.reference.oracle.op import Index
 
+from tests.proof.independent import warped
+
 OPS = ("dropout", "residual_layer_norm", "linear_cross_entropy", "adamw", "adam", "sample")
 ROWS = {name: CATALOG[name] for name in OPS}
 accepts = CATALOG["sample"].accepts
@@ -38,9 +40,6 @@ def points(*names):
         for name in names
         for case in ROWS[name].select("full")
     ]
-
-
-DIFFERENTIABLE = points("dropout", "residual_layer_norm", "linear_cross_entropy")
 
 
 def drawn(op, case):
@@ -107,86 +106,6 @@ def test_the_share_that_is_kept_is_binomial(p):
     n = 200_000
     kept = keep_mask((n,), p, 3).sum()
     assert abs(kept - n * (1 - p)) <= 5 * math.sqrt(n * p * (1 - p))
-
-
-# gradients
-
-
-def torch_dropout(x, p, seed):
-    scale = 0.0 if p == 1 else 1 / (1 - p)
-    return x * torch.from_numpy(keep_mask(tuple(x.shape), p, seed)) * scale
-
-
-def torch_residual_layer_norm(x, r, w, b, eps=1e-5):
-    return F.layer_norm(x + r, x.shape[-1:], w, b, eps), x + r
-
-
-def torch_linear_cross_entropy(x, w, targets, b=None, **options):
-    return F.cross_entropy(F.linear(x, w, b), targets, **options)
-
-
-TORCH = {
-    "dropout": torch_dropout,
-    "residual_layer_norm": torch_residual_layer_norm,
-    "linear_cross_entropy": torch_linear_cross_entropy,
-}
-
-
-@pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
-def test_agrees_with_torch_in_float64(op, case):
-    inputs, options, dys, _ = drawn(op, case)
-    outputs, gradients = evaluate(op, inputs, options, dys)
-    given = op.differentiable(inputs)
-    tensors = {n: None if x is None else torch.from_numpy(x.copy()) for n, x in inputs.items()}
-    floating = [tensors[n].requires_grad_() for n in given]
-    theirs = TORCH[op.name](*tensors.values(), **options)
-    theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-    seeds = [torch.from_numpy(np.array(dy)) for dy in dys]
-    their_gradients = torch.autograd.grad(theirs, floating, seeds)
-    gradients = [g for g in gradients if g is not None]
-    assert len(gradients) == len(floating)
-    pairs = [*zip(outputs, theirs), *zip(gradients, their_gradients)]
-    pairs = [(ours, want.detach().numpy()) for ours, want in pairs]
-    # float64 rounding of the largest terms that are added
-    terms = [x for _, x in pairs] + [inputs[n] for n in given]
-    atol = 1e-12 * max(np.abs(x[np.isfinite(x)]).max(initial=0) for x in terms)
-    for ours, want in pairs:
-        assert np.shape(ours) == want.shape
-        np.testing.assert_allclose(ours, want, rtol=1e-12, atol=atol)
-
-
-@pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
-def test_gradients_agree_with_central_differences(op, case):
-    inputs, options, dys, rng = drawn(op, case)
-    _, gradients = evaluate(op, inputs, options, dys)
-    names = op.differentiable(inputs)
-    directions = {n: rng.standard_normal(inputs[n].shape) for n in names}
-
-    def objective(t):
-        moved = {n: x + t * directions[n] if n in directions else x for n, x in inputs.items()}
-        ys, _ = evaluate(op, moved, options, None)
-        parts = [y * dy for y, dy in zip(ys, dys)]
-        return sum(p.sum() for p in parts), sum(np.abs(p).sum() for p in parts)
-
-    def slope(h):
-        return (objective(h)[0] - objective(-h)[0]) / (2 * h)
-
-    if not np.isfinite(objective(0)[0]):
-        assert case.name == "all_ignored_mean"
-        return
-    h = 1e-7 if case.name == "tiny" else 1e-5
-    coarse, fine = slope(h), slope(h / 2)
-    given = [g for g in gradients if g is not None]
-    assert len(given) == len(names)
-    analytic = sum(
-        (g * d)[np.isfinite(inputs[n])].sum() for (n, d), g in zip(directions.items(), given)
-    )
-    # what is left of the h² term after halving h, and the rounding of the sums that h divides
-    scale = max(abs(analytic), *(np.abs(g).max(initial=0) for g in given), 0.0)
-    rounding = 64 * np.finfo(float).eps * (objective(0)[1] + scale) / h
-    assert abs(fine - analytic) <= 2 * abs(coarse - fine) + rounding
-    if "degenerate" not in case.tags:
-        assert abs(analytic) > 100 * (2 * abs(coarse - fine) + rounding), "it could not have failed"
 
 
 # adamw
@@ -335,17 +254,8 @@ def test_sample_equals_a_loop_over_rows(op, case):
     np.testing.assert_array_equal(token, want)
 
 
-def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """The tokens that Hugging Face's warpers keep, in the order in which `generate` builds them."""
-    warpers = [transformers.TemperatureLogitsWarper(float(temperature))]
-    if top_k is not None:
-        warpers.append(transformers.TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1:
-        warpers.append(transformers.TopPLogitsWarper(top_p))
-    if min_p is not None:
-        warpers.append(transformers.MinPLogitsWarper(min_p))
-    scores = torch.from_numpy(logits)
-    return np.isfinite(transformers.LogitsProcessorList(warpers)(None, scores).numpy())
+def kept_by_hugging_face(logits, **options):
+    return np.isfinite(warped(torch.from_numpy(logits), **options).numpy())
 
 
 KEPT = [
@@ -373,7 +283,7 @@ def test_the_penalty_is_hugging_faces(penalty):
 def test_the_filters_keep_what_hugging_face_keeps(op, case):
     inputs, options, _, _ = drawn(op, case)
     logits = inputs["logits"]
-    kept, theirs = cumulative(logits, **options)[0], warped(logits.copy(), **options)
+    kept, theirs = cumulative(logits, **options)[0], kept_by_hugging_face(logits, **options)
     if "equals" in case.name:
         # which of the equals stay is up to torch's sort: compare what they are
         kept, theirs = (np.sort(np.where(x, logits, -np.inf), -1) for x in (kept, theirs))
@@ -388,7 +298,7 @@ def test_equals_at_the_edge_are_kept_as_hugging_face_keeps_them(options):
     # rows short enough for torch's sort to leave equals in their order
     logits = np.log(np.random.default_rng(0).integers(1, 4, (50, 16)).astype(float))
     kept, _ = cumulative(logits, **options)
-    np.testing.assert_array_equal(kept, warped(logits.copy(), **options))
+    np.testing.assert_array_equal(kept, kept_by_hugging_face(logits, **options))
 
 
 def test_the_distribution_ends_at_1_and_every_token_is_hit():

@@ -119,6 +119,16 @@ def test_equals_of_the_last_one_kept_stay(impl):
 
 
 @both
+def test_greedy_takes_the_first_of_equals_in_different_tiles(impl):
+    logits = torch.zeros(3, 50, device=DEVICE)
+    for row, (first, other) in enumerate(((3, 19), (7, 17), (0, 48))):
+        logits[row, [first, other]] = 2.0
+    with small(16, 2):
+        token = kernels.sample(logits, evenly(3), temperature=0, impl=impl)
+    assert token.tolist() == [3, 7, 0]
+
+
+@both
 def test_what_is_not_kept_is_never_drawn_at_the_edges_of_u(impl):
     logits = normal(6, 300)
     logits[:, :5] = logits[:, -7:] = -INF
@@ -134,6 +144,13 @@ def test_what_is_not_kept_is_never_drawn_at_the_edges_of_u(impl):
                 want = [rows.nonzero()[0 if u[0] < 0.5 else -1].item() for rows in kept]
                 assert token.tolist() == want
             assert logits.gather(1, token[:, None]).isfinite().all()
+
+
+@both
+def test_a_u_that_float32_rounds_to_1_draws_the_last(impl):
+    logits = torch.tensor([[-INF, 0.0, 0.0, -INF]], device=DEVICE)
+    u = torch.tensor([1 - 1e-12], dtype=torch.float64, device=DEVICE)
+    assert kernels.sample(logits, u, impl=impl).tolist() == [2]
 
 
 def test_u_out_of_range_on_a_device_draws_the_first_or_the_last():
@@ -166,10 +183,20 @@ def test_temperatures_that_float32_cannot_hold(impl):
     assert torch.equal(hot, want + (want >= 4))
 
 
-def test_temperatures_past_float32_are_the_coldest_and_the_hottest():
+@both
+def test_temperatures_past_float32_are_the_coldest_and_the_hottest(impl):
     logits, u = normal(8, 30), evenly(8)
-    for extreme, held in ((1e-300, 1e-30), (1e300, 1e30)):
-        assert torch.equal(sample(logits, u, temperature=extreme), sample(logits, u, held))
+    run = functools.partial(kernels.sample, logits, u, impl=impl)
+    for extreme, held in ((1e-300, 1e-30), (1e-39, 1e-30), (1e300, 1e30)):
+        assert torch.equal(run(temperature=extreme), run(temperature=held))
+    assert torch.equal(run(temperature=1e-300), run(temperature=0.0))
+
+
+@both
+def test_a_top_p_that_float32_does_not_hold_keeps_the_most_probable(impl):
+    logits = normal(4, 30)
+    token = kernels.sample(logits, evenly(4), top_p=1e-50, impl=impl)
+    assert torch.equal(token, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,6 +58,7 @@ def test_the_bytes_of_each_kernel():
         ("heads to rows", "bwd"): 6 * rows,
         ("weights to bfloat16", "fwd"): 6 * N,
         ("gradients to float32, added", "bwd"): 18 * N,
+        ("gradients of wte, added", "bwd"): 12 * V * C,
         ("norm of the gradients", "step"): 4 * N,
         ("adamw", "step"): 28 * N,
     }
@@ -72,6 +73,7 @@ def test_the_kernels_of_a_step_and_how_often_they_run():
         assert line.tokens == (2**19 if direction == "step" else M)
     assert calls.pop("weights to bfloat16") == {"fwd": 1}
     assert calls.pop("gradients to float32, added") == {"bwd": 1}
+    assert calls.pop("gradients of wte, added") == {"bwd": 1}
     assert calls.pop("norm of the gradients") == calls.pop("adamw") == {"step": 1}
     many = {
         "embedding": 1, "layer_norm, the first": 1, "linear, q k v": 12, "attention": 12,

@@ -1,6 +1,7 @@
 """Training learns, repeats, resumes, and leaves whole directories or none."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,32 @@ def test_a_resumed_run_is_the_unbroken_run(text, tmp_path):
     assert [json.loads(r)["loss"] for r in logs[0]] == [json.loads(r)["loss"] for r in logs[1]]
 
 
+def test_a_run_killed_in_a_checkpoint_keeps_its_log_whole(text, tmp_path, monkeypatch):
+    checkpoint = gpt_train._checkpoint
+
+    def killed(*arguments):
+        checkpoint(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpt_train, "_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(text, tmp_path / "out", steps=4, checkpoint_every=2))
+    monkeypatch.undo()
+    train(config(text, tmp_path / "out", steps=4, resume=True))
+    log = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
+
+
+def test_the_newest_checkpoint_is_that_of_the_most_steps(text, tmp_path):
+    out = tmp_path / "out"
+    train(config(text, out, steps=2, checkpoint_every=2))
+    checkpoints = out / "checkpoints"
+    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-999999")
+    (checkpoints / "step-000002").rename(checkpoints / "step-1000000")
+    with pytest.raises(ValueError, match="needs steps > 1000000, already done, got 1000000"):
+        train(config(text, out, steps=10**6, resume=True))
+
+
 def test_resume_needs_a_checkpoint_of_the_same_model(text, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="--resume needs a checkpoint"):
@@ -142,6 +169,29 @@ def test_the_learning_rate_climbs_and_falls():
     assert learning_rate(c, 4) == 1.0
     assert learning_rate(c, 54) == pytest.approx(0.55)
     assert learning_rate(c, 104) == pytest.approx(0.1)
+
+
+def test_a_step_has_its_own_rate_and_mask_and_evaluation_drops_nothing(text, tmp_path, monkeypatch):
+    forward, step, passes, rates = GPT.forward, gpt_train.AdamW.step, [], []
+
+    def spied_forward(model, *args, **options):
+        passes.append((model.training, options.get("dropout_seed")))
+        return forward(model, *args, **options)
+
+    def spied_step(adamw):
+        assert adamw.max_norm == 0.5
+        rates.append({group["lr"] for group in adamw.param_groups})
+        return step(adamw)
+
+    monkeypatch.setattr(GPT, "forward", spied_forward)
+    monkeypatch.setattr(gpt_train.AdamW, "step", spied_step)
+    options = dict(steps=4, dropout=0.5, clip=0.5, evaluate_every=2)
+    chosen = config(text, tmp_path / "out", **options)
+    train(chosen)
+    assert rates == [{learning_rate(chosen, s)} for s in range(4)]
+    seeds = [seed for training, seed in passes if training]
+    assert len(seeds) == len(set(seeds)) == 4
+    assert len(passes) > 4 and {seed for training, seed in passes if not training} == {None}
 
 
 def test_biases_and_norms_do_not_decay(text, tmp_path):

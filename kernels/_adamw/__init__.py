@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from .._checks import expect_integer, expect_shape
+from .._checks import expect_floating, expect_integer, expect_number, expect_shape
 from .._launch import accumulator, resolve, wide
 from . import launchers
 
@@ -179,8 +179,7 @@ def _expect_kind(name, index, x, p):
         raise TypeError(f"adamw: {name}{index} must be a torch tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"adamw: {name}{index} must be dense, got {x.layout}; use .to_dense()")
-    if not x.is_floating_point():
-        raise TypeError(f"adamw: {name}{index} must be floating point, got {x.dtype}; convert it")
+    expect_floating("adamw", name + index, x)
     short = p.dtype.itemsize == 2
     if name == "master":
         if x.dtype != torch.float32 or not short:
@@ -222,7 +221,7 @@ def _expect_hyperparameters(values, count):
                 f"each, got {len(own)}"
             )
         # those of a model are few: each is looked at once
-        for x in dict.fromkeys(own):
+        for x in own[:1] if own == own[:1] * len(own) else own:
             _expect_hyperparameter(name, x)
         every.append(own)
     return every
@@ -235,7 +234,11 @@ def _expect_hyperparameter(name, x):
         expect_integer("adamw", "step", x)
         if x < 1:
             raise ValueError(f"adamw: step must be at least 1, got {x}; the first step is 1")
-    elif name in ("beta1", "beta2"):
+        if x >= 2**63:
+            raise ValueError(f"adamw: step must be below 2⁶³, got {x}")
+        return
+    expect_number("adamw", name, x)
+    if name in ("beta1", "beta2"):
         if not 0 <= x < 1:
             raise ValueError(f"adamw: {name} must lie in 0 … 1, 1 excluded, got {x}")
     elif not 0 <= x < math.inf:
@@ -248,5 +251,7 @@ def _expect_clipping(max_norm, skip_nonfinite):
             "adamw: skip_nonfinite must come with max_norm, got None; max_norm=math.inf clips "
             "nothing"
         )
+    if max_norm is not None:
+        expect_number("adamw", "max_norm", max_norm)
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"adamw: max_norm must be > 0, got {max_norm}")

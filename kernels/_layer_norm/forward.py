@@ -9,9 +9,10 @@ from .._launch import cast
 @triton.jit
 def divide(a, b, ACC: tl.constexpr):
     """a/b, correctly rounded: the compiler's own float32 division may be off by 2 ulp."""
+    # a size of 1 arrives as a constant, which has no .to
+    b = tl.cast(b, ACC)
     if tl.float32 == ACC:
-        # a size of 1 arrives as a constant, which has no .to
-        return tl.div_rn(a, b * 1.0)
+        return tl.div_rn(a, b)
     return a / b
 
 

@@ -324,7 +324,7 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
             p = np.exp(linear(some_x, some_w.T, some_b)[0] - take(lse[rows])[:, None])
             target = (1 - problem.alpha) * (problem.targets[rows][:, None] == words)
             dlogits = logit_gradient(
-                problem.scales(rows, take), problem.kept[rows], p, target, problem.alpha / len(w)
+                problem.scales(rows, take), problem.kept[rows], p - target, problem.alpha / len(w)
             )
             dlogits = stored(dlogits)
             found.append({"dw": (some_x.T @ dlogits).T})

@@ -228,6 +228,7 @@ SAMPLE = row(
         Wrong("u_one", "u must lie in", values={"u": lambda u: u * 0 + 1}),
         Wrong("u_negative", "u must lie in", values={"u": lambda u: u - 1}),
         Wrong("no_tokens", "V must be at least 1", shapes={"logits": (7, 0)}),
+        Wrong("top_p_text", "top_p must be a number", options={"top_p": "1"}, raises=TypeError),
         Wrong("temperature_negative", "temperature must be", options={"temperature": -1.0}),
         Wrong("top_k_zero", "top_k must be at least 1", options={"top_k": 0}),
         Wrong("top_k_float", "top_k must be an integer", options={"top_k": 2.5}, raises=TypeError),

@@ -40,6 +40,7 @@ DROPOUT = row(
     errors=(
         Wrong("p_negative", "p must lie in", options={"p": -0.1}),
         Wrong("p_over_1", "p must lie in", options={"p": 1.1}),
+        Wrong("p_text", "p must be a number", options={"p": "0.1"}, raises=TypeError),
         Wrong("p_nan", "p must lie in", options={"p": float("nan")}),
         Wrong("seed_float", "seed must be an integer", options={"seed": 1.5}, raises=TypeError),
         Wrong("seed_over_64_bits", "seed must lie in", options={"seed": 2**64}),
@@ -83,6 +84,8 @@ _ERRORS = (
     Wrong("v_shape", "v must have shape", shapes={"v": (5,)}),
     Wrong("step_zero", "step must be at least 1", options={"step": 0}),
     Wrong("step_float", "step must be an integer", options={"step": 1.5}, raises=TypeError),
+    Wrong("step_over_63_bits", "step must be below", options={"step": 2**63}),
+    Wrong("lr_none", "lr must be a number", options={"lr": None}, raises=TypeError),
     Wrong("lr_negative", "lr must be finite", options={"lr": -1e-3}),
     Wrong("lr_nan", "lr must be finite", options={"lr": float("nan")}),
     Wrong("beta1_one", "beta1 must lie in", options={"beta1": 1.0}),
