@@ -45,10 +45,9 @@ class Torch:
         return logits, logits
 
     def backward(self, dlogits, logits):
-        for w in self.weights.values():
-            w.grad = None
-        logits.backward(torch.from_numpy(dlogits))
-        return {key: w.grad for key, w in self.weights.items()}
+        weights = list(self.weights.values())
+        gradients = torch.autograd.grad(logits, weights, torch.from_numpy(dlogits))
+        return dict(zip(self.weights, gradients))
 
     def _norm(self, key, x):
         w, b = self.weights[f"{key}.weight"], self.weights[f"{key}.bias"]
