@@ -15,6 +15,7 @@ _OTHERS = {
     "Transformer": "_transformer",
     "adamw_step": "_training",
     "train": "_training",
+    "clip_grad_norm": "_clip",
     "sinusoidal_positions": "_positions",
     "parameter_count": "_shapes",
     "parameter_shapes": "_shapes",
