@@ -6,7 +6,8 @@ GPT-2 on one row of tokens, weights random and shared by both: the forward to th
 backward from a gradient of the logits to those of all weights. The peer is GPT-2 as a torch user
 would write it, with torch's own attention, GELU, norm and products. Logits and gradients must agree
 before anything is timed. The two take turns, and the ratios are those of their medians. Threads are
-what OMP_NUM_THREADS says, all cores where it says nothing.
+what OMP_NUM_THREADS says, all cores where it says nothing. Where the kernel is slow to find huge
+pages, NumPy pays for asking: NUMPY_MADVISE_HUGEPAGE=0 in the environment turns that off.
 """
 
 import argparse
@@ -45,10 +46,9 @@ class Torch:
         return logits, logits
 
     def backward(self, dlogits, logits):
-        for w in self.weights.values():
-            w.grad = None
-        logits.backward(torch.from_numpy(dlogits))
-        return {key: w.grad for key, w in self.weights.items()}
+        weights = list(self.weights.values())
+        gradients = torch.autograd.grad(logits, weights, torch.from_numpy(dlogits))
+        return dict(zip(self.weights, gradients))
 
     def _norm(self, key, x):
         w, b = self.weights[f"{key}.weight"], self.weights[f"{key}.bias"]
@@ -126,6 +126,8 @@ def record(config, tokens, rounds):
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
+        # NumPy asks for huge pages, which some machines are slow to find
+        "NUMPY_MADVISE_HUGEPAGE": os.environ.get("NUMPY_MADVISE_HUGEPAGE"),
         "versions": {"numpy": np.__version__, "torch": torch.__version__},
         "times_s": times,
         "median_s": medians,
@@ -138,11 +140,14 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, help="the record, as JSON")
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--width", type=int, help="another width than the preset's")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(arguments)
     config = GPTConfig.preset(given.preset)
-    config = replace(config, n_layer=given.layers or config.n_layer)
+    config = replace(
+        config, n_layer=given.layers or config.n_layer, n_embd=given.width or config.n_embd
+    )
     found = record(config, given.tokens, given.rounds)
     for direction, ratio in found["ratio"].items():
         ours, theirs = (found["median_s"][name][direction] for name in ("reference", "torch"))

@@ -67,7 +67,7 @@ def _activate(z, activation):
     if activation == "gelu":
         return z * _normal_cdf(z)
     u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
-    return z * _half_of_1_and_tanh(u)
+    return z * sharper(u, lambda: _gate(u), lambda: 0.5 * (1 + np.tanh(u)))
 
 
 def _slope(z, activation):
@@ -79,7 +79,8 @@ def _slope(z, activation):
         return _normal_cdf(z) + z * density
     u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
     inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
-    return _half_of_1_and_tanh(u) + z * _half_slope_of_tanh(u) * inner
+    gate, slope = _gate_and_slope(u)
+    return gate + z * slope * inner
 
 
 def _normal_cdf(z):
@@ -88,22 +89,25 @@ def _normal_cdf(z):
     return sharper(z, lambda: 0.5 * erfc(-z), lambda: 0.5 * (1 + erf(z)))
 
 
-def _half_of_1_and_tanh(u):
-    """½(1 + tanh u) = 1/(1 + exp(−2u)), which 1 + tanh loses where u is far below 0."""
-    return sharper(u, lambda: _logistic(2 * u), lambda: 0.5 * (1 + np.tanh(u)))
-
-
-def _half_slope_of_tanh(u):
-    """½(1 − tanh² u)."""
+def _gate_and_slope(u):
+    """½(1 + tanh u) = 1/(1 + exp(−2u)), ½(1 − tanh² u), which 1 ± tanh loses far from 0."""
 
     def from_tanh():
         t = np.tanh(u)
-        return 0.5 * (1 - t * t)
+        return 0.5 * (1 + t), 0.5 * (1 - t * t)
 
-    return sharper(u, lambda: 2 * _logistic(2 * u) * _logistic(-2 * u), from_tanh)
+    def from_exp():
+        gate = _gate(u)
+        return gate, 2 * gate * _gate(-u)
+
+    return sharper(u, from_exp, from_tanh)
 
 
-def _logistic(x):
-    # an exponential that overflows gives the right answer, 0
+def _gate(u):
+    """1/(1 + exp(−2u))."""
+    # in place, and an exponential that overflows gives the right answer, 0
+    y = -2 * u
     with np.errstate(over="ignore"):
-        return 1 / (1 + np.exp(-x))
+        np.exp(y, out=y)
+    y += 1
+    return np.divide(1, y, out=y)

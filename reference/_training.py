@@ -14,6 +14,7 @@ non bias or gain weights").
 import numpy as np
 
 from ._adamw import adamw
+from ._clip import clip_grad_norm
 
 
 def is_matrix(key, w):
@@ -23,13 +24,17 @@ def is_matrix(key, w):
 
 def adamw_step(
     weights, gradients, state, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-    decays=is_matrix,
+    max_norm=None, decays=is_matrix,
 ):  # fmt: skip
     """Step every weight {key: array}; the dicts `weights` and `state` hold what follows.
 
-    state:  {} before the first step.
-    decays: decays(key, weight) says whether weight_decay is for this one.
+    state:    {} before the first step.
+    max_norm: the gradients are clipped to this norm over all of them; None clips nothing.
+    decays:   decays(key, weight) says whether weight_decay is for this one.
     """
+    gradients = {key: gradients[key] for key in weights}
+    if max_norm is not None:
+        gradients, _ = clip_grad_norm(gradients, max_norm)
     for key, p in weights.items():
         s = state.setdefault(
             key, {"step": 0, "exp_avg": np.zeros_like(p), "exp_avg_sq": np.zeros_like(p)}

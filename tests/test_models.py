@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from gaugeblock.benchmarks import reference_speed
 from torch import nn
 
 from gaugeblock import reference
@@ -510,7 +511,7 @@ def test_ten_steps_of_training_are_torch_s(tmp_path):
         [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}],
         lr=1e-2, **options,
     )  # fmt: skip
-    wanted = []
+    wanted, norms = [], []
     for step, batch in enumerate(batches, start=1):
         ids, targets = tensors(*batch)
         for group in optimiser.param_groups:
@@ -518,17 +519,41 @@ def test_ten_steps_of_training_are_torch_s(tmp_path):
         optimiser.zero_grad()
         loss = cross_entropy(theirs(ids).logits, targets)
         loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item())
         optimiser.step()
         wanted.append(loss.item())
     losses = reference.train(
-        model, batches, lr=lambda step: 1e-2 / step, weight_decay=0.1, **options
+        model, batches, lr=lambda step: 1e-2 / step, weight_decay=0.1, max_norm=0.5, **options
     )
+    assert max(norms) > 0.5
     close(losses, np.array(wanted))
     assert losses[0] - losses[-1] != 0
     for key, p in theirs.named_parameters():
         # √v is a rounding error where a gradient is one: the keys' bias moves no score
         if not key.endswith("c_attn.bias"):
             close(model[key.removeprefix("transformer.")], p, rtol=1e-8)
+
+
+def test_the_reference_is_timed_beside_torch(tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    reference_speed.main(
+        ["--layers", "1", "--tokens", "3", "--rounds", "1", "--width", "24", "--out", str(out)]
+    )
+    found = json.loads(out.read_text())
+    assert found["times_s"].keys() == {"reference", "torch"}
+    for direction, ratio in found["ratio"].items():
+        ours, theirs = (found["median_s"][name][direction] for name in ("reference", "torch"))
+        assert ratio == ours / theirs > 0
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_that_disagrees(monkeypatch):
+    affine = reference_speed.Torch._affine
+    monkeypatch.setattr(
+        reference_speed.Torch, "_affine", lambda self, key, x: 1.01 * affine(self, key, x)
+    )
+    with pytest.raises(ValueError, match="logits must agree with torch"):
+        reference_speed.main(["--layers", "1", "--tokens", "3", "--rounds", "1", "--width", "24"])
 
 
 def test_a_model_learns_a_sentence():
