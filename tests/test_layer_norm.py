@@ -150,6 +150,24 @@ def test_the_bits_of_a_row_depend_on_no_other_row(op, N, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("N", [5, 300, 16_400])
+def test_what_rounding_left_of_a_far_mean_is_in_no_deviation(op, N):
+    """Neither in the variance nor in the centre: the mean is far from a float32 here."""
+    leaves, dys = inputs_of(op, 3, N)
+    with torch.no_grad():
+        leaves[0] += 2**22
+        for r in leaves[1:-2]:
+            r.zero_()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    want = torch.nn.functional.layer_norm(exact[0], (N,), *exact[-2:])
+    dx, dw, _ = torch.autograd.grad(want, (exact[0], *exact[-2:]), dys[0].double())
+    y = outputs(op, leaves)[0]
+    found = torch.autograd.grad(y, (leaves[0], leaves[-2]), dys[0])
+    for x, truth in zip((y, *found), (want, dx, dw), strict=True):
+        torch.testing.assert_close(x.double(), truth, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_a_row_of_nan_stays_alone(op):
     leaves, dys = inputs_of(op, 5, 70)
     clean = everything(op, leaves, dys)
