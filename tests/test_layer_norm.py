@@ -256,6 +256,17 @@ def test_dx_and_dr_are_written_once_and_accumulate_apart(shape):
     assert torch.equal(x.grad, 2 * dx) and torch.equal(r.grad, 2 * dx)
 
 
+def test_each_tensor_has_strides_of_its_own():
+    (x, r, w, b), (dy, dh) = inputs_of("residual_layer_norm", 5, 40)
+    want = everything("residual_layer_norm", (x, r, w, b), (dy, dh))
+    for i in range(4):
+        some = [x.detach(), r.detach(), dy, dh]
+        some[i] = some[i].t().contiguous().t()
+        leaves = [x.requires_grad_() for x in some[:2]] + [w, b]
+        found = everything("residual_layer_norm", leaves, some[2:])
+        assert all(map(torch.equal, found, want))
+
+
 def test_both_ops_agree():
     """The kernels are the same ones: with r = 0, their bits."""
     (x, w, b), (dy,) = inputs_of("layer_norm", 9, 300)
