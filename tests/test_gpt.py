@@ -639,6 +639,20 @@ def test_what_is_cached_has_no_gradient(saved):
     assert cache.length == 22
 
 
+@pytest.mark.parametrize("options", ["plain", "unscaled", "scaled_by_layer"])
+@pytest.mark.parametrize("counts", [(18, 6), (3, 17, 1, 3)])
+def test_what_is_read_through_a_cache_is_the_whole(options, counts, tmp_path):
+    """Pieces of more tokens than are decoded together, first and later, and of fewer."""
+    theirs = peer(**SHAPES[options])
+    theirs.save_pretrained(tmp_path)
+    model, idx = ours(tmp_path), tokens(2, sum(counts))
+    cache = KVCache(model, 2)
+    for memory in (cache.k, cache.v):
+        memory.fill_(1e3)  # what was never written must not be read
+    pieces = [model(piece, cache=cache)[0] for piece in idx.split(counts, dim=1)]
+    close(torch.cat(pieces, 1).detach(), theirs(idx).logits)
+
+
 def test_generation_needs_rows(saved):
     with pytest.raises(ValueError, match=r"generate: idx must have shape \(B, T\), got \(5,\)"):
         ours(saved[1]).generate(tokens(1, 5)[0], 2)

@@ -150,6 +150,24 @@ def test_the_bits_of_a_row_depend_on_no_other_row(op, N, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("N", [5, 300, 16_400])
+def test_what_rounding_left_of_a_far_mean_is_in_no_deviation(op, N):
+    """Neither in the variance nor in the centre: the mean is far from a float32 here."""
+    leaves, dys = inputs_of(op, 3, N)
+    with torch.no_grad():
+        leaves[0] += 2**22
+        for r in leaves[1:-2]:
+            r.zero_()
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    want = torch.nn.functional.layer_norm(exact[0], (N,), *exact[-2:])
+    dx, dw, _ = torch.autograd.grad(want, (exact[0], *exact[-2:]), dys[0].double())
+    y = outputs(op, leaves)[0]
+    found = torch.autograd.grad(y, (leaves[0], leaves[-2]), dys[0])
+    for x, truth in zip((y, *found), (want, dx, dw), strict=True):
+        torch.testing.assert_close(x.double(), truth, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_a_row_of_nan_stays_alone(op):
     leaves, dys = inputs_of(op, 5, 70)
     clean = everything(op, leaves, dys)
@@ -236,6 +254,17 @@ def test_dx_and_dr_are_written_once_and_accumulate_apart(shape):
         torch.autograd.backward(outputs("residual_layer_norm", leaves), (dy, dh))
     # twice the same is exact; a buffer that both shared would hold more
     assert torch.equal(x.grad, 2 * dx) and torch.equal(r.grad, 2 * dx)
+
+
+def test_each_tensor_has_strides_of_its_own():
+    (x, r, w, b), (dy, dh) = inputs_of("residual_layer_norm", 5, 40)
+    want = everything("residual_layer_norm", (x, r, w, b), (dy, dh))
+    for i in range(4):
+        some = [x.detach(), r.detach(), dy, dh]
+        some[i] = some[i].t().contiguous().t()
+        leaves = [x.requires_grad_() for x in some[:2]] + [w, b]
+        found = everything("residual_layer_norm", leaves, some[2:])
+        assert all(map(torch.equal, found, want))
 
 
 def test_both_ops_agree():
