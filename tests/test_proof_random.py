@@ -119,7 +119,8 @@ LEGAL = {
     "adam": optimisers(),
     "adamw": optimisers(),
     "sample": sizes(
-        "M", "V", P=small, keywords=((), ("previous",)), temperature=st.sampled_from((0.0, 0.5, 1.0, 2.0)),
+        "M", "V", P=small, keywords=((), ("previous",)),
+        temperature=st.sampled_from((0.0, 0.5, 1.0, 2.0)),
         top_k=st.one_of(st.none(), st.integers(1, 5)),
         top_p=st.one_of(st.none(), st.floats(0.05, 1)), min_p=st.one_of(st.none(), unit),
     ),
