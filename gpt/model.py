@@ -1,10 +1,11 @@
-"""GPT on the kernels: a pre-LN decoder whose weights are a Hugging Face GPT-2 directory.
+"""GPT on the kernels: a decoder whose weights are a Hugging Face directory of GPT-2 or GPT-1.
 
     h = wte[idx] + wpe[0 … T−1]
-    per layer:  h = h + attn(ln_1(h)),   h = h + ffn(ln_2(h))
-    logits = ln_f(h) headᵀ,   head = wte where tied
+    per layer:  h = h + attn(ln_1(h)),   h = h + ffn(ln_2(h))            GPT-2, GPT-3
+                h = ln_1(h + attn(h)),   h = ln_2(h + ffn(h))            GPT-1
+    logits = ln_f(h) headᵀ,   head = wte where tied;   no ln_f in GPT-1
 
-Source: Radford et al. 2019; the released GPT-2 code.
+Source: Radford et al. 2018 and 2019; Brown et al. 2020; the released GPT-2 code.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.n_head, self.layer, self.place = config.n_head, layer, 3 * layer + 2
+        self.n_head, self.layer, self.window = config.n_head, layer, config.window(layer)
+        self.place = 3 * layer + 2
         self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
         self.c_proj = Affine(config.n_embd, config.n_embd)
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
@@ -130,11 +132,11 @@ class Attention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         if run.cache is None:
             o = kernels.attention(
-                q, k, v, causal=True, scale=self.scale, dropout=run.dropout,
+                q, k, v, causal=True, scale=self.scale, window=self.window, dropout=run.dropout,
                 seed=run.seed + self.place, impl=run.impl,
             )  # fmt: skip
         else:
-            o = run.cache.attend(self.layer, q, k, v, self.scale, run.impl)
+            o = run.cache.attend(self.layer, q, k, v, self.scale, self.window, run.impl)
         return run.drop(self.c_proj(o.transpose(1, 2).reshape(B, T, C)), self.place + 1)
 
 
@@ -160,9 +162,14 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.eps)
         self.mlp = MLP(config, layer)
+        self.post_norm = config.post_norm
 
     def forward(self, h, x, run):
-        """The residual stream h, and x, which the next norm adds to it."""
+        """The residual stream h, and x, which the next norm adds to it; None with post-LN."""
+        if self.post_norm:
+            h, _ = self.ln_1(h, self.attn(h, run), run)
+            h, _ = self.ln_2(h, self.mlp(h, run), run)
+            return h, None
         y, h = self.ln_1(h, x, run)
         y, h = self.ln_2(h, self.attn(y, run), run)
         return h, self.mlp(y, run)
@@ -183,7 +190,7 @@ class KVCache:
         self.length = 0
 
     @torch.no_grad()
-    def attend(self, layer, q, k, v, scale, impl):
+    def attend(self, layer, q, k, v, scale, window, impl):
         """Append a layer's keys and values, and attend to all of that layer's so far."""
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
@@ -191,14 +198,16 @@ class KVCache:
         k, v = self.k[layer], self.v[layer]
         if q.shape[2] > _DECODED_TOGETHER:
             k, v = k[:, :, :end], v[:, :, :end]
-            return kernels.attention(q, k, v, causal=True, scale=scale, impl=impl)
+            return kernels.attention(q, k, v, causal=True, scale=scale, window=window, impl=impl)
         # a row's keys are one page; the same shapes at every step
         lengths = torch.full_like(self.pages[:, 0], end)
-        return kernels.paged_attention(q, k, v, self.pages, lengths, scale=scale, impl=impl)
+        return kernels.paged_attention(
+            q, k, v, self.pages, lengths, scale=scale, window=window, impl=impl
+        )
 
 
 class GPT(nn.Module):
-    """A GPT-2 whose attention, FFN, norms and loss run on the kernels.
+    """A GPT whose attention, FFN, norms and loss run on the kernels.
 
     impl:          which kernels: "auto", "triton" or "eager".
     compute_dtype: activations and the weights they meet are cast to it; None keeps the weights'.
@@ -215,7 +224,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, config.eps)
+        if not config.post_norm:
+            self.ln_f = LayerNorm(config.n_embd, config.eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -293,7 +303,7 @@ class GPT(nn.Module):
             h, x = block(h, x, run)
         if cache is not None:
             cache.length += idx.shape[1]
-        return self.ln_f(h, x, run)[0]
+        return h if self.config.post_norm else self.ln_f(h, x, run)[0]
 
     def _padded_trunk(self, idx, seed, keep):
         """Move padding behind the tokens, where causality hides it, and what comes out back."""
@@ -338,7 +348,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, impl="auto"):
-        """Read a Hugging Face GPT-2 directory; `dtype` None keeps the file's.
+        """Read a Hugging Face directory of GPT-2 or GPT-1; `dtype` None keeps the file's.
 
         Raises FileNotFoundError without config.json or model.safetensors, ValueError for keys or
         shapes that the configuration does not call for.
@@ -363,7 +373,7 @@ class GPT(nn.Module):
         return model if dtype is None else model.to(torch_dtype(dtype))
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel.
+        """Write config.json and model.safetensors, which transformers loads.
 
         The directory is complete or absent: files are written aside and moved into place.
         """
@@ -372,8 +382,7 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: directory must be a folder to save to, {directory} is a file")
         config = self.config.to_dict() | {"dtype": str(self.wte.weight.dtype)[len("torch.") :]}
         weights = {
-            k if k.startswith("lm_head") else f"transformer.{k}": v.detach().contiguous()
-            for k, v in self.state_dict().items()
+            _file_key(k, self.config): v.detach().contiguous() for k, v in self.state_dict().items()
         }
         with written_aside(directory) as aside:
             (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -403,15 +412,28 @@ class written_aside:
             shutil.rmtree(self.aside, ignore_errors=True)
 
 
+# what GPT-1's directories call the tables
+_TABLES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
+
+
+def _file_key(key, config):
+    """A parameter's key in the file."""
+    if config.post_norm:
+        key = _TABLES.get(key, key)
+    return key if key.startswith("lm_head") else f"transformer.{key}"
+
+
 def _plain_keys(weights, config):
-    """Keys without the `transformer.` prefix, without stored masks and without a tied head."""
+    """The parameters of a file by our keys, without stored masks and without a tied head."""
+    tables = {theirs: ours for ours, theirs in _TABLES.items()} if config.post_norm else {}
     plain = {}
     for key, value in weights.items():
         key = key.removeprefix("transformer.")
-        stored_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
-        tied_head = key == "lm_head.weight" and config.tie_word_embeddings
-        if not stored_mask and not tied_head:
-            plain[key] = value
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            plain[tables.get(key, key)] = value
+    if config.tie_word_embeddings and "lm_head.weight" in plain:
+        # a tied table has two names, of which a file holds one or both
+        plain.setdefault("wte.weight", plain.pop("lm_head.weight"))
     return plain
 
 
@@ -421,7 +443,7 @@ def _expect_weights(weights, wanted):
             raise ValueError(f"model.safetensors: must hold {key!r}, it does not")
     for key, value in weights.items():
         if key not in wanted:
-            raise ValueError(f"model.safetensors: must hold GPT-2's keys only, got {key!r}")
+            raise ValueError(f"model.safetensors: must hold GPT's keys only, got {key!r}")
         if value.shape != wanted[key].shape:
             raise ValueError(
                 f"model.safetensors: {key} must have shape {tuple(wanted[key].shape)}, "

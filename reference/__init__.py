@@ -8,10 +8,20 @@ tiled, fused or tuned: one line of code per line of mathematics.
 from importlib import import_module
 from pathlib import Path
 
-_SHARED = ("_checks", "_philox", "_rounding")
+_SHARED = ("_blocks", "_checks", "_philox", "_rounding")
 # what is no op, and the module that has it
 _OTHERS = {
     "GPT": "_gpt",
+    "Transformer": "_transformer",
+    "adamw_step": "_training",
+    "train": "_training",
+    "parameter_count": "_shapes",
+    "parameter_shapes": "_shapes",
+    **{
+        f"{task}_head{backward}": "_heads"
+        for task in ("classification", "similarity", "multiple_choice")
+        for backward in ("", "_backward")
+    },
     "clip_grad_norm": "_clip",
     "cosine_schedule": "_schedules",
     "linear_schedule": "_schedules",

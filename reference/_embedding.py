@@ -34,12 +34,28 @@ def embedding(tokens, wte, wpe=None, positions=None):
 
 def embedding_backward(dy, cache):
     """-> dwte, dwpe (None where wpe was absent)."""
+    _, _, *tables = cache
+    return tuple(
+        None if table is None else _table(table, *rows)
+        for table, rows in zip(tables, row_gradients(dy, cache))
+    )
+
+
+def row_gradients(dy, cache):
+    """(ids, rows) of dwte and of dwpe: their rows at the ids that were read, the others are 0."""
     tokens, positions, wte, wpe = cache
     dy = floats(dy)
-    dwte = _scatter_add(np.zeros_like(wte), tokens, dy)
-    return dwte, None if wpe is None else _scatter_add(np.zeros_like(wpe), positions, dy)
+    return _rows(wte, tokens, dy), None if wpe is None else _rows(wpe, positions, dy)
 
 
-def _scatter_add(table, index, rows):
-    np.add.at(table, index, rows)
+def _rows(table, index, dy):
+    ids, place = np.unique(index, return_inverse=True)
+    rows = np.zeros_like(table, shape=(len(ids), table.shape[1]))
+    np.add.at(rows, place.reshape(index.shape), dy)
+    return ids, rows
+
+
+def _table(like, ids, rows):
+    table = np.zeros_like(like)
+    table[ids] = rows
     return table

@@ -51,6 +51,7 @@ def sample(
 
 def penalised(logits, repetition_penalty=1.0, previous=None):
     """The logits, those of tokens in `previous` made less likely by a penalty above 1."""
+    expect_number("sample", "repetition_penalty", repetition_penalty)
     if not 0 < repetition_penalty < np.inf:
         raise ValueError(
             f"sample: repetition_penalty must be finite and above 0, got {repetition_penalty}"

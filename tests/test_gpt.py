@@ -8,9 +8,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 from gaugeblock.gpt import GPT, GPTConfig, KVCache
+from gaugeblock.gpt.config import PRESETS
 from gaugeblock.gpt.generate import sample
 from gaugeblock.gpt.tokenizer import ByteTokenizer, load_tokenizer
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from gaugeblock import kernels, reference
 from tests.helpers import gaugeblock
@@ -24,16 +31,23 @@ SHAPES = {
     "scaled_by_layer": {"scale_attn_by_inverse_layer_idx": True},
     "narrow_ffn": {"n_inner": 20},
     "eps": {"layer_norm_epsilon": 0.1},
+    "gpt1": {"model_type": "openai-gpt"},
+    "gpt1_untied": {"model_type": "openai-gpt", "tie_word_embeddings": False, "afn": "relu"},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = dict(n_layer=3, n_head=2, n_embd=16, n_positions=24, vocab_size=41)
+KINDS = {
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "openai-gpt": (OpenAIGPTConfig, OpenAIGPTLMHeadModel),
+}
 
 
 def peer(scale=0.2, seed=0, **options):
-    """A GPT-2 of transformers in float64 with every parameter random."""
+    """A GPT of transformers in float64 with every parameter random."""
+    config, model = KINDS[options.pop("model_type", "gpt2")]
     # no special tokens: the usual ones lie outside so small a vocabulary
-    config = GPT2Config(**{**SIZES, **options}, bos_token_id=None, eos_token_id=None)
-    model = GPT2LMHeadModel(config).double().eval()
+    config = config(**{**SIZES, **options}, bos_token_id=None, eos_token_id=None)
+    model = model(config).double().eval()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -64,8 +78,14 @@ def close(mine, theirs):
 
 
 def named_gradients(model):
-    prefix = "transformer."
-    return {n.removeprefix(prefix): p.grad.numpy() for n, p in model.named_parameters()}
+    return plain({n: p.grad.numpy() for n, p in model.named_parameters()})
+
+
+def plain(named):
+    """By the names that both kinds of GPT have in our model."""
+    tables = {"tokens_embed.weight": "wte.weight", "positions_embed.weight": "wpe.weight"}
+    named = {n.removeprefix("transformer."): x for n, x in named.items()}
+    return {tables.get(n, n): x for n, x in named.items()}
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.2])
@@ -91,22 +111,116 @@ def test_both_models_agree_with_transformers(options, scale, tmp_path):
     true_loss, true_gradients = truth.loss_and_gradients(idx.numpy(), targets.numpy())
     close(true_loss, loss)
 
+    true_gradients = plain(true_gradients)
     assert set(true_gradients) == set(their_gradients) == set(named_gradients(model))
     for name, gradient in their_gradients.items():
         close(true_gradients[name], gradient)
         close(named_gradients(model)[name], gradient)
 
 
-def test_a_directory_goes_there_and_back(saved, tmp_path):
-    theirs, directory = saved
-    ours(directory).save_pretrained(tmp_path / "ours")
-    back = GPT2LMHeadModel.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_goes_there_and_back(kind, tmp_path):
+    theirs = peer(model_type=kind)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    back = KINDS[kind][1].from_pretrained(tmp_path / "ours", dtype=torch.float64)
     idx = tokens(2, 9)
     close(back(idx).logits.detach(), theirs(idx).logits)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", "model.safetensors"}
-    assert list(tmp_path.iterdir()) == [tmp_path / "ours"]
+    assert {p.name for p in tmp_path.iterdir()} == {"ours", "theirs"}
+
+
+WINDOWS = {
+    "gpt3": {"attention_windows": (None, 3, 5)},
+    "gpt1": {"model_type": "openai-gpt"},
+}
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+def test_banded_and_post_ln_layers_agree_with_the_reference(options, impl, tmp_path):
+    torch.manual_seed(1)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=24, vocab_size=41, **options)
+    model = GPT(config, impl).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    truth = reference.GPT.from_pretrained(tmp_path)
+    again = ours(tmp_path, impl=impl)
+    assert again.config.to_dict().items() >= config.to_dict().items()
+    # compiled and interpreted kernels take their scale and eps in float32
+    tolerance = dict(rtol=1e-5, atol=1e-6) if impl == "triton" else dict(rtol=1e-10, atol=1e-10)
+    idx, targets = tokens(2, 13), tokens(2, 13, seed=1)
+    again = again.to(DEVICE) if impl == "triton" else again
+    logits, loss = again(idx.to(again.wte.weight.device), targets.to(again.wte.weight.device))
+    loss.backward()
+    want, gradients = truth.loss_and_gradients(idx.numpy(), targets.numpy())
+    np.testing.assert_allclose(logits.detach().cpu(), truth(idx.numpy()), **tolerance)
+    np.testing.assert_allclose(loss.detach().cpu(), want, **tolerance)
+    for name, g in plain(gradients).items():
+        mine = again.get_parameter(name).grad.cpu()
+        np.testing.assert_allclose(mine, g, **tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("options", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("prompt", [5, 18], ids=["decoded", "prefilled"])
+def test_a_cache_keeps_bands_and_post_ln(options, prompt):
+    torch.manual_seed(2)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=24, vocab_size=41, **options)
+    model = GPT(config, "eager").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    idx = tokens(2, 24)
+    want, _ = model(idx)
+    cache = KVCache(model, 2)
+    parts = [model(idx[:, :prompt], cache=cache)[0]]
+    parts += [model(idx[:, t : t + 1], cache=cache)[0] for t in range(prompt, 24)]
+    close(torch.cat(parts, 1).detach(), want)
+
+
+# parameters of the published shapes, with the head tied
+PRESET_COUNTS = {
+    "gpt1": 116_534_784,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt3-125m": 125_226_240,
+    "gpt3-350m": 355_871_744,
+    "gpt3-760m": 760_300_032,
+    "gpt3-1.3b": 1_315_723_264,
+    "gpt3-2.7b": 2_651_553_280,
+    "gpt3-6.7b": 6_658_404_352,
+    "gpt3-13b": 12_853_386_240,
+    "gpt3-175b": 174_604_259_328,
+}
+
+
+def test_presets_have_their_parameters():
+    counted = {name: reference.parameter_count(config) for name, config in PRESETS.items()}
+    assert counted == PRESET_COUNTS
+    for name in ("gpt1", "gpt2", "gpt3-125m", "gpt3-175b"):
+        with torch.device("meta"):
+            model = GPT(GPTConfig.preset(name))
+        assert model.parameter_count() == PRESET_COUNTS[name]
+        # the reference's truth about names and shapes is the model's
+        wanted = plain(reference.parameter_shapes(model.config))
+        assert {k: tuple(p.shape) for k, p in model.named_parameters()} == wanted
+    windows = GPTConfig.preset("gpt3-125m").attention_windows
+    assert windows == (None, 256) * 6
+    with pytest.raises(ValueError, match=r"name must be one of gpt1, .*, got 'gpt4'"):
+        GPTConfig.preset("gpt4")
+
+
+@pytest.mark.parametrize("name", ["n_inner", "scale_attn_weights", "activation"])
+def test_what_gpt1_cannot_say_is_refused(name):
+    value = {"n_inner": 5, "scale_attn_weights": False, "activation": "gelu"}[name]
+    with pytest.raises(ValueError, match=f"{name} must be .* for openai-gpt, got"):
+        GPTConfig(model_type="openai-gpt", **{name: value})
 
 
 def test_keys_without_the_prefix_load_too(saved, tmp_path):
@@ -287,17 +401,23 @@ def test_wrong_ids_are_refused(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layers": 2}, "every key must be one of GPT-2's, got 'n_layers'"),
+        ({"n_layers": 2}, "every key must be one of GPT's, got 'n_layers'"),
         ({"activation_function": "silu"}, "activation_function must be one of"),
-        ({"model_type": "llama"}, "model_type must be 'gpt2', got 'llama'"),
+        ({"model_type": "llama"}, "model_type must be one of gpt2, openai-gpt, got 'llama'"),
         ({"add_cross_attention": True}, "add_cross_attention must be False, got True"),
         ({"layer_norm_epsilon": "x"}, "eps must be a number ≥ 0, got 'x'"),
+        (
+            {"attention_windows": [2]},
+            "attention_windows must be a list of n_layer = 3 entries, got",
+        ),
+        ({"attention_windows": [2, 0, 2]}, "must hold None or whole numbers ≥ 1, got 0"),
+        ({"model_type": "openai-gpt"}, "every key must be one of GPT's, got 'activation_function'"),
         ({"n_inner": -4}, "n_inner must be a whole number ≥ 1, got -4"),
         ({"n_head": 3}, "n_head must divide n_embd = 16, got 3"),
         ({"n_layer": None}, "n_layer must be a whole number ≥ 1, got None"),
         ({"n_embd": 32}, r"must have shape \(96,\), got \(48,\)"),
         ({"n_layer": 4}, "must hold 'h.3.ln_1.weight', it does not"),
-        ({"n_layer": 2}, "must hold GPT-2's keys only, got 'h.2"),
+        ({"n_layer": 2}, "must hold GPT's keys only, got 'h.2"),
     ],
 )
 def test_a_wrong_directory_is_refused(saved, tmp_path, change, message):

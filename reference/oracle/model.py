@@ -7,7 +7,7 @@ gains of 1 and to zeros elsewhere.
 
     model = load(directory).to(device, dtype);   logits, loss = model(idx, targets)
 
-The training run is torch.optim.AdamW for the candidate and `reference.adamw` for the reference,
+The training run is torch.optim.AdamW for the candidate and `reference.train` for the reference,
 with `OPTIMISER` on every parameter and a new batch for every step. Parameters stay in float32.
 
 Source of the model: Radford et al. 2019. Source of the optimiser: Loshchilov and Hutter 2019.
@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from .._adamw import adamw
 from .._cross_entropy import cross_entropy
 from .._gpt import GPT
 from .._rounding import Rounded
+from .._training import train
 from .adapters import Answer, TorchAdapter, WrongForm
 from .budget import legal_arithmetics, precision
 from .check import name_of, time_limit
@@ -191,24 +191,9 @@ def _without_noise(g):
 def _train(idx, targets, *parameters, **options):
     """-> the loss before each step (steps, 1)."""
     model = _reference(parameters, options)
-    lr, (beta1, beta2), eps, decay = OPTIMISER.values()
-    p = _flat(model.weights)
-    m = v = np.zeros_like(p)
-    losses = []
-    for step in range(len(idx)):
-        loss, gradients = model.loss_and_gradients(idx[step], targets[step])
-        losses.append(loss)
-        g = _flat({key: gradients[key] for key in model.weights})
-        (p, m, v), _ = adamw(p, g, m, v, step + 1, lr, beta1, beta2, eps, decay)
-        start = 0
-        for key, w in model.weights.items():
-            model.weights[key] = p[start : start + w.size].reshape(w.shape)
-            start += w.size
-    return np.stack(losses)[:, None]
-
-
-def _flat(arrays):
-    return np.concatenate([x.reshape(-1) for x in arrays.values()])
+    # torch's AdamW decays whatever it is given
+    optimiser = {**OPTIMISER, "decays": lambda key, w: True}
+    return train(model, zip(idx, targets), **optimiser)[:, None]
 
 
 def _reference(parameters, options):
