@@ -89,6 +89,7 @@ EQUIVALENT = [
     ("dropout", "drop", r"^1 -> 2", "what everything is divided by where nothing is kept"),
     ("additive_attention", ".*", r"^0\.0 -> 1\.0", _FINITE),
     ("additive_attention", "additive_attention", r"np.where\(sees, stored", "p is 0 in such a row"),
+    ("embedding", "_rows", r"place.reshape", "NumPy 2.1 and newer give that shape already"),
     ("attention", "key_gradients", r".*", _ELSEWHERE),
     ("attention", "visible_keys", r"is None else", _ELSEWHERE),
     ("attention", "visible_keys|attention", r"^0 -> 1", _NO_MEANING),
