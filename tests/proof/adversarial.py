@@ -185,7 +185,10 @@ SPECIAL = {
             "g": EXTREMES["tiny"], "m": EXTREMES["tiny"], "v": _on_zero}),
         Case("no_decay", M=2, N=3, **_ADAMW | dict(weight_decay=0.0, eps=0.0)),
     ],
-    "adam": [Case("first_step", M=2, N=3, **_ADAMW | dict(step=1))],
+    "adam": [
+        Case("first_step", M=2, N=3, **_ADAMW | dict(step=1)),
+        Case("default_decay", M=2, N=3, **{k: v for k, v in _ADAMW.items() if "weight" not in k}),
+    ],
     "additive_attention": [
         Case("one_key", B=1, Tq=2, Tk=1, C=1, K=1, D=2, A=2),
         Case("lengths", B=2, Tq=1, Tk=2, C=1, K=1, D=1, A=2, lengths=(1, 0)),
@@ -194,11 +197,14 @@ SPECIAL = {
     ],
     "sample": [
         Case("cold", M=1, V=5, temperature=1e-3),
-        Case("rows_of_a_batch", B=1, T=2, V=3, top_p=0.8, min_p=0.5,
+        Case("rows_of_a_batch", B=1, T=2, V=3, top_p=0.6, min_p=0.6,
              shapes={"logits": "B T V", "u": "B T", "token": "B T"},
              values={"logits": _put(3.0, 0, 0, 0.4, 0.3, 0)}),
         Case("penalty", M=2, V=4, P=3, repetition_penalty=1.7, keywords=("previous",), values={
             "logits": _put(2.0, 0, -1, 1), "previous": _indices(0, 2, 0, -1, 1, 3)}),
+        Case("penalty_of_rank_three", B=2, T=2, V=3, P=1, repetition_penalty=3.0,
+             keywords=("previous",), shapes={
+                 "logits": "B T V", "u": "B T", "token": "B T", "previous": "B T P"}),
         Case("min_p_of_0", M=1, V=4, top_k=2, min_p=0.0),
         Case("greedy", M=1, V=5, temperature=0.0),
         Case("top_k", M=2, V=5, top_k=2, values={"logits": _put(3.0, 1, 3, 3, 0, 0, 1, 2, 2, 0)}),

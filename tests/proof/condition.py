@@ -145,7 +145,7 @@ def _gradient(problem, y, moved, jacobian):
     """(gradient, condition, floor) of the inputs, flat."""
     point = problem.point
     # NaN stands where nobody reads
-    dy = [mp.mpf(float(v)) for part in point.dys for v in np.nan_to_num(part.flat)]
+    dy = [mp.mpf(float(v)) for part in point.dys for v in np.nan_to_num(part).flat]
 
     def loss(ys):
         return mp.fsum(a * b for a, b in zip(dy, ys))

@@ -68,7 +68,8 @@ def _summary(record, ops):
         f"{complex_error:.0e}.\n"
         f"- **Other people's float64.** torch's autograd agrees to {torch_error:.0e}.\n"
         f"- **Mutation.** {of - len(left):,} of {of:,} one-place changes of the reference are "
-        f"seen; {known} of the {len(left)} others are equivalent, each with its reason.\n"
+        f"seen; {known} of the {len(left)} others have their reason: equal in effect, or the "
+        "business of another test.\n"
     )
 
 
@@ -94,7 +95,9 @@ def _ops(ops):
     for op, entry in ops.items():
         others = [_error(entry["sources"].get(source)) for source in ("torch", "onnx", "jax")]
         m = entry["mutants"]
-        formula = "<br>".join(f"`{line}`" for line in _documented(op)[0][:3])
+        formula = "<br>".join(
+            f"`{line.replace(chr(96), chr(39))}`" for line in _documented(op)[0][:3]
+        )
         rows.append(
             [f"[`{op}`](../reference/_{op}.py)", formula.replace("|", "\\|"),
              f"{_ratio(entry):.2f}", *others, f"{m['caught']} of {m['of']}",

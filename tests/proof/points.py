@@ -61,9 +61,10 @@ def forward(op):
     return op.called(getattr(reference, op.name))
 
 
-def _drawn_from(logits, u, *, repetition_penalty=1.0, previous=None, **options):
-    penalty = dict(repetition_penalty=repetition_penalty, previous=previous)
-    token, _ = _sample.sample(logits, u, **penalty, **options)
+def _drawn_from(logits, u, **options):
+    token, _ = _sample.sample(logits, u, **options)
+    names = ("repetition_penalty", "previous")
+    penalty = {name: options.pop(name) for name in names if name in options}
     return (_sample.cumulative(_sample.penalised(logits, **penalty), **options)[1], token), None
 
 
