@@ -123,9 +123,10 @@ def measured(op):
 
 def mutants(op):
     """[(function, what was changed, source of the module)] of an op's module."""
-    tree = ast.parse(source_of(op))
+    body = ast.parse(source_of(op)).body
+    texts = [ast.unparse(part) for part in body]
     found = []
-    for function in tree.body:
+    for i, function in enumerate(body):
         if not isinstance(function, ast.FunctionDef) or function.name.startswith(_SKIPPED):
             continue
         left_out = {
@@ -135,7 +136,8 @@ def mutants(op):
             if id(node) in left_out:
                 continue
             for changed in _changes(node):
-                found.append(_mutant(tree, function, place, node, changed))
+                mutant = [*texts[:i], _mutant(function, place, changed), *texts[i + 1 :]]
+                found.append((function.name, _what(function, node, changed), "\n".join(mutant)))
     return found
 
 
@@ -152,9 +154,9 @@ def _refuses(node):
     return isinstance(node, ast.Raise)
 
 
-def _mutant(tree, function, place, node, changed):
-    other = copy.deepcopy(tree)
-    own = next(f for f in other.body if isinstance(f, ast.FunctionDef) and f.name == function.name)
+def _mutant(function, place, changed):
+    """The text of a function with another node in that place."""
+    own = copy.deepcopy(function)
     target = list(ast.walk(own))[place]
     # changed in place of the node, whatever holds it
     for parent in ast.walk(own):
@@ -163,13 +165,17 @@ def _mutant(tree, function, place, node, changed):
                 setattr(parent, name, changed)
             elif isinstance(value, list):
                 setattr(parent, name, [changed if v is target else v for v in value])
-    ast.fix_missing_locations(other)
+    return ast.unparse(ast.fix_missing_locations(own))
+
+
+def _what(function, node, changed):
+    """What was changed, and in which call where that says more."""
     what = f"{_short(node)} -> {_short(changed)}"
     if isinstance(node, (ast.Constant, ast.UnaryOp)):
         calls = [n for n in ast.walk(function) if isinstance(n, (ast.Call, ast.Subscript))]
         around = [n for n in calls if node in ast.walk(n)]
         what += f" in {_short(around[-1])}" if around else ""
-    return function.name, what, ast.unparse(other)
+    return what
 
 
 def _short(node):
