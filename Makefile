@@ -43,6 +43,7 @@ oracle: $(READY)
 
 # how far the reference is from exact, and what its tests see, for docs/reference.md; minutes
 proof: $(READY)
+	$(RUN) -m gaugeblock.benchmarks.reference_speed --out docs/reference/speed.json
 	$(RUN) -m tests.proof
 
 lint: $(READY)

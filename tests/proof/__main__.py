@@ -4,6 +4,7 @@
 --skip PART …   parts that the record keeps: exact, steps, sources, mutants, speed
 --out FILE      the record; docs/reference/proof.json without it
 
+--models        the models beside transformers and torch alone
 --page          write docs/reference.md from the record as it is, and measure nothing
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 from gaugeblock.reference.catalog import CATALOG
 from rich.console import Console
 
-from . import adversarial, condition, independent, mutants, page, speed, step
+from . import adversarial, condition, independent, models, mutants, page, speed, step
 from .page import RECORD
 from .points import catalog_points, point
 
@@ -108,6 +109,7 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", choices=list(CATALOG), default=list(CATALOG))
     parser.add_argument("--skip", nargs="+", choices=list(PARTS), default=())
     parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--models", action="store_true")
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
     if options.page:
@@ -119,7 +121,8 @@ def main(arguments=None):
     record["versions"] = {p: version(p) for p in ("numpy", "torch", "onnx", "jax", "transformers")}
     record["bound"], record["cores"] = condition.BOUND, len(os.sched_getaffinity(0))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for op in options.only:
+    record["models"] = models.measured()
+    for op in [] if options.models else options.only:
         entry = record["ops"].setdefault(op, {})
         for part, measure in PARTS.items():
             if part not in options.skip:
@@ -127,10 +130,15 @@ def main(arguments=None):
                 said = {k: v for k, v in entry[part].items() if k != "survivors"}
                 console.print(op, part, json.dumps(said), soft_wrap=True)
         # kept op by op: a long run may be cut
-        options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        _keep(record, options.out)
+    _keep(record, options.out)
     if options.out == RECORD:
         page.write()
     return verdict(record)
+
+
+def _keep(record, path):
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def verdict(record):

@@ -14,6 +14,8 @@ from .speed import SHAPES, shape_words
 
 CHECKOUT = Path(__file__).parents[2]
 RECORD = CHECKOUT / "docs" / "reference" / "proof.json"
+# of benchmarks.reference_speed
+SPEED = RECORD.with_name("speed.json")
 PAGE = CHECKOUT / "docs" / "reference.md"
 _NOTHING = "–"
 
@@ -27,9 +29,11 @@ def parts(record=RECORD):
         "ops": _ops(ops),
         "exact": _exact(ops),
         "sources": _sources(record, ops),
+        "models": _models(record["models"]),
         "steps": _steps(ops),
         "mutants": _mutants(ops),
         "speed": _speed(ops),
+        "model speed": _model_speed(json.loads(SPEED.read_text())),
     }
 
 
@@ -136,6 +140,11 @@ def _sources(record, ops):
     return f"{versions}.\n\n" + _table(["op", "source", "cases", "worst error", "in"], rows)
 
 
+def _models(found):
+    rows = [[f"`{peer}`", e["tensors"], _figure(e["error"])] for peer, e in found.items()]
+    return _table(["model", "tensors", "worst error"], rows)
+
+
 def _steps(ops):
     rows, left = [], []
     for op, entry in ops.items():
@@ -172,3 +181,19 @@ def _speed(ops):
         for op, entry in ops.items() if op in SHAPES
     ]  # fmt: skip
     return _table(["op", "shape", "ms", "torch, ms", "ratio"], rows)
+
+
+def _model_speed(record):
+    shape, seconds, ratio = record["shape"], record["median_s"], record["ratio"]
+    rows = [
+        [name, *(f"{seconds[of][d]:.2f}" for of in ("reference", "torch")), f"{ratio[d]:.2f}"]
+        for d, name in (("fwd", "forward"), ("bwd", "backward"))
+    ]
+    setting = record["NUMPY_MADVISE_HUGEPAGE"]
+    return (
+        f"{record['parameters']:,} parameters, {shape['n_layer']} layers, 1 × {shape['tokens']} "
+        f"tokens, {record['cores']} cores, medians of {len(record['times_s']['torch']['fwd'])}"
+        + (f", NUMPY_MADVISE_HUGEPAGE={setting}" if setting else "")
+        + ":\n\n"
+        + _table(["", "reference, s", "torch, s", "ratio"], rows)
+    )
