@@ -302,7 +302,7 @@ def test_expressions_select_by_name_option_and_tag():
     assert "causal" in names
     assert not names & {"full", "lse", "top_left"}
     assert {c.name for c in op.select(expression="return_lse and not lengths")} == {
-        "lse", "lse_unseeing_queries", "unseeing_nan",
+        "lse", "lse_unseeing_queries", "unseeing_nan", "stride_unseeing",
     }  # fmt: skip
 
 

@@ -63,6 +63,8 @@ CASES = {
     "linear_cross_entropy": ("odd", "no_bias", "sum"),
     "dropout": ("odd",),
     "adamw": ("odd", "first_step"),
+    "adam": ("odd", "first_step"),
+    "additive_attention": ("odd",),
     "sample": ("odd", "greedy", "top_p_small", "all_filters"),
 }
 
