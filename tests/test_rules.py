@@ -485,7 +485,7 @@ SIGNATURES = {
 }
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_grow_by_keyword_options_alone(name):
     parameters = inspect.signature(getattr(reference, name)).parameters
     names = SIGNATURES[name].split()
