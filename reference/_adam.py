@@ -16,20 +16,16 @@ of OpenAI's finetune-transformer-lm, whose matrices alone are given one.
 
 import numpy as np
 
-from ._adamw import expect_hyperparameters
-from ._checks import expect_shape
-from ._rounding import floats, rescaled
+from ._adamw import prepared
+from ._rounding import rescaled
 
 
 def adam(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay=0.0):
     """One step  ->  (p, m, v), None."""
-    p, g, m, v = floats(p, g, m, v)
-    for name, array in (("g", g), ("m", m), ("v", v)):
-        expect_shape("adam", name, array, "as p", p.shape)
-    expect_hyperparameters("adam", step, lr, beta1, beta2, eps, weight_decay)
-    # in the precision of p: a kernel may take its scalars, and 1 − βᵗ, in float32
-    scalars = (lr, beta1, beta2, eps, weight_decay)
-    lr, beta1, beta2, eps, decay = (np.full_like(p, scalar, shape=()) for scalar in scalars)
+    (p, g, m, v), scalars = prepared(
+        "adam", (p, g, m, v), step, lr, beta1, beta2, eps, weight_decay
+    )
+    lr, beta1, beta2, eps, decay = scalars
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * (g * g)
     rate = lr * np.sqrt(1 - rescaled(beta2**step)) / (1 - rescaled(beta1**step))

@@ -22,13 +22,10 @@ from ._rounding import floats, rescaled
 
 def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     """One step  ->  (p, m, v), None."""
-    p, g, m, v = floats(p, g, m, v)
-    for name, array in (("g", g), ("m", m), ("v", v)):
-        expect_shape("adamw", name, array, "as p", p.shape)
-    expect_hyperparameters("adamw", step, lr, beta1, beta2, eps, weight_decay)
-    # in the precision of p: a kernel may take its scalars, and 1 − βᵗ, in float32
-    scalars = (lr, beta1, beta2, eps, weight_decay)
-    lr, beta1, beta2, eps, decay = (np.full_like(p, scalar, shape=()) for scalar in scalars)
+    (p, g, m, v), scalars = prepared(
+        "adamw", (p, g, m, v), step, lr, beta1, beta2, eps, weight_decay
+    )
+    lr, beta1, beta2, eps, decay = scalars
     p = p * (1 - lr * decay)
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * (g * g)
@@ -38,7 +35,17 @@ def adamw(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay):
     return (p, m, v), None
 
 
-def expect_hyperparameters(op, step, lr, beta1, beta2, eps, weight_decay):
+def prepared(op, arrays, step, *scalars):
+    """(p, g, m, v) of one shape, and lr … weight_decay in the arithmetic of p."""
+    p, *others = floats(*arrays)
+    for name, array in zip("gmv", others):
+        expect_shape(op, name, array, "as p", p.shape)
+    _expect_hyperparameters(op, step, *scalars)
+    # in the precision of p: a kernel may take its scalars, and 1 − βᵗ, in float32
+    return (p, *others), [np.full_like(p, scalar, shape=()) for scalar in scalars]
+
+
+def _expect_hyperparameters(op, step, lr, beta1, beta2, eps, weight_decay):
     expect_integer(op, "step", step)
     if step < 1:
         raise ValueError(f"{op}: step must be at least 1, got {step}; the first step is 1")

@@ -313,15 +313,9 @@ def _check(q, k, v, align, window, stride, global_tokens, lengths, cu_seqlens):
     Hkv, Tk = k.shape[1:3]
     if Tk < 1:
         raise ValueError("attention: Tk must be at least 1, got 0")
-    if Hkv < 1 or H % Hkv:
-        raise ValueError(f"attention: H must be a multiple of Hkv, got H = {H}, Hkv = {Hkv}")
+    expect_groups("attention", H, Hkv)
     expect_integer("attention", "global_tokens", global_tokens)
-    if window is not None:
-        expect_integer("attention", "window", window)
-    if window is not None and window < 1:
-        raise ValueError(
-            f"attention: window must be at least 1 (a key itself), got {window}; None has no window"
-        )
+    expect_window("attention", window)
     if stride is not None:
         _expect_stride(stride, window)
     if global_tokens < 0:
@@ -332,6 +326,21 @@ def _check(q, k, v, align, window, stride, global_tokens, lengths, cu_seqlens):
         if lengths is not None:
             raise ValueError("attention: cu_seqlens must come without lengths, got both; give one")
         _expect_documents(cu_seqlens, B, Tq, Tk)
+
+
+def expect_groups(op, H, Hkv):
+    if Hkv < 1 or H % Hkv:
+        raise ValueError(f"{op}: H must be a multiple of Hkv, got H = {H}, Hkv = {Hkv}")
+
+
+def expect_window(op, window):
+    if window is None:
+        return
+    expect_integer(op, "window", window)
+    if window < 1:
+        raise ValueError(
+            f"{op}: window must be at least 1 (a key itself), got {window}; None has no window"
+        )
 
 
 def _expect_stride(stride, window):

@@ -14,6 +14,12 @@ def expect_shape(op, name, array, rule, shape):
         raise ValueError(f"{op}: {name} must have shape {want}, got {got}")
 
 
+def expect_rows(op, name, array, rule):
+    """Raise ValueError for a scalar, which has no columns."""
+    if np.ndim(array) == 0:
+        raise ValueError(f"{op}: {name} must have shape {rule}, got ()")
+
+
 def expect_choice(op, name, value, choices):
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")

@@ -12,6 +12,7 @@ torch.nn.utils.clip_grad_norm_.
 
 import numpy as np
 
+from ._checks import expect_number
 from ._rounding import floats
 
 
@@ -20,6 +21,7 @@ def clip_grad_norm(grads, max_norm):
     if not isinstance(grads, (list, tuple, dict)):
         kind = type(grads).__name__
         raise TypeError(f"clip_grad_norm: grads must be a list, tuple or dict, got {kind}")
+    expect_number("clip_grad_norm", "max_norm", max_norm)
     if not max_norm >= 0:
         raise ValueError(f"clip_grad_norm: max_norm must be at least 0, got {max_norm}")
     arrays = [floats(g) for g in (grads.values() if isinstance(grads, dict) else grads)]

@@ -17,7 +17,7 @@ torch.nn.functional.cross_entropy.
 
 import numpy as np
 
-from ._checks import expect_choice, expect_ids, expect_shape
+from ._checks import expect_choice, expect_ids, expect_rows, expect_shape
 from ._rounding import floats, otherwise, sharper
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -26,6 +26,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
     """loss = lse − logits[target]  ->  loss, cache."""
     logits = floats(logits)
+    expect_rows("cross_entropy", "logits", logits, "(..., V)")
     V = logits.shape[-1]
     expect_shape("cross_entropy", "targets", targets, "(...)", logits.shape[:-1])
     targets = expect_ids("cross_entropy", "targets", targets, V, "V", also=ignore_index)
@@ -55,7 +56,8 @@ def row_losses(logits, index, kept, alpha):
 
     def exact():
         largest = np.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
-        log = np.log1p(np.where(largest, 0.0, e).sum(-1, keepdims=True))
+        # of the largest 0, and NaN where it is NaN, as with a logit of +∞
+        log = np.log1p(np.where(largest, 0.0 * e, e).sum(-1, keepdims=True))
         mean = (m - logits).mean(-1, keepdims=True) + log if alpha else 0.0
         return m + log, (1 - alpha) * (m - x + log) + alpha * mean
 

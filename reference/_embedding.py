@@ -11,7 +11,7 @@ Source: Radford et al. 2018, section 3.1 (h₀ = U Wₑ + Wₚ).
 
 import numpy as np
 
-from ._checks import expect_ids, expect_shape
+from ._checks import expect_ids, expect_rows, expect_shape
 from ._rounding import floats
 
 
@@ -24,6 +24,7 @@ def embedding(tokens, wte, wpe=None, positions=None):
     if wpe is None:
         return y, (tokens, None, wte, None)
     expect_shape("embedding", "wpe", wpe, "(P, C)", (None, wte.shape[1]))
+    expect_rows("embedding", "tokens", tokens, "(..., T)")
     if positions is None:
         positions = np.arange(tokens.shape[-1])
     positions = np.broadcast_to(

@@ -17,7 +17,7 @@ import math
 import numpy as np
 from scipy.special import erf, erfc
 
-from ._checks import expect_choice, expect_shape
+from ._checks import expect_choice, expect_rows, expect_shape
 from ._rounding import floats, sharper, stored
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
@@ -27,6 +27,7 @@ def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, residual=None):
     """y = f(x w1 + b1) w2 + b2 (+ residual)  ->  y, cache."""
     x, w1, b1, w2, b2, residual = floats(x, w1, b1, w2, b2, residual)
     expect_choice("ffn", "activation", activation, ACTIVATIONS)
+    expect_rows("ffn", "x", x, "(..., C)")
     expect_shape("ffn", "w1", w1, "(C, F)", (x.shape[-1], None))
     C, F = w1.shape
     expect_shape("ffn", "b1", b1, "(F,)", (F,))

@@ -8,13 +8,14 @@ dtype float64.
 Source: Radford et al. 2019, the released GPT-2 code (`conv1d` with kernel size 1).
 """
 
-from ._checks import expect_shape
+from ._checks import expect_rows, expect_shape
 from ._rounding import floats
 
 
 def linear(x, w, b=None):
     """y = x w + b  ->  y, cache."""
     x, w, b = floats(x, w, b)
+    expect_rows("linear", "x", x, "(..., K)")
     expect_shape("linear", "w", w, "(K, N)", (x.shape[-1], None))
     if b is not None:
         expect_shape("linear", "b", b, "(N,)", (w.shape[1],))

@@ -14,7 +14,7 @@ Source: Wijmans et al. 2024, arXiv:2411.09009 (logits never stored); Hsu et al. 
 arXiv:2410.10989; the edges as in torch.nn.functional.cross_entropy.
 """
 
-from ._checks import expect_choice, expect_ids, expect_shape
+from ._checks import expect_choice, expect_ids, expect_rows, expect_shape
 from ._cross_entropy import REDUCTIONS, cross_entropy, cross_entropy_backward
 from ._linear import linear, linear_backward
 from ._rounding import floats, stored
@@ -27,6 +27,7 @@ def linear_cross_entropy(
 ):
     """loss = cross_entropy(x wᵀ + b, targets)  ->  loss, cache."""
     x, w, b = floats(x, w, b)
+    expect_rows(_OP, "x", x, "(..., C)")
     expect_shape(_OP, "w", w, "(V, C)", (None, x.shape[-1]))
     if b is not None:
         expect_shape(_OP, "b", b, "(V,)", w.shape[:1])

@@ -15,7 +15,7 @@ Source: Kwon et al. 2023, arXiv:2309.06180.
 
 import numpy as np
 
-from ._attention import attention, attention_backward
+from ._attention import attention, attention_backward, expect_groups, expect_window
 from ._checks import expect_ids, expect_shape
 from ._rounding import floats
 
@@ -24,12 +24,14 @@ def paged_attention(q, k_pages, v_pages, block_table, lengths, *, window=None, s
     """o = attention of q over the pages of its row  ->  o, cache."""
     q, k_pages, v_pages = floats(q, k_pages, v_pages)
     expect_shape("paged_attention", "q", q, "(B, H, Tq, D)", (None,) * 4)
-    B, D = q.shape[0], q.shape[-1]
+    B, H, _, D = q.shape
     expect_shape("paged_attention", "k_pages", k_pages, "(P, Hkv, page, D)", (None, None, None, D))
     expect_shape("paged_attention", "v_pages", v_pages, "(P, Hkv, page, D)", k_pages.shape)
     expect_shape("paged_attention", "block_table", block_table, "(B, pages)", (B, None))
     expect_shape("paged_attention", "lengths", lengths, "(B,)", (B,))
-    P, _, page, _ = k_pages.shape
+    P, Hkv, page, _ = k_pages.shape
+    expect_groups("paged_attention", H, Hkv)
+    expect_window("paged_attention", window)
     capacity = np.shape(block_table)[1] * page
     lengths = expect_ids("paged_attention", "lengths", lengths, capacity + 1, "(pages·page + 1)")
     used = np.arange(np.shape(block_table)[1]) * page < lengths[:, None]

@@ -32,8 +32,8 @@ def wrong_call(op, wrong):
     return inputs, {**op.options(case), **wrong.options}
 
 
-def refuses(fn, inputs, options, wrong):
-    with pytest.raises(wrong.raises, match=wrong.match) as caught:
+def refuses(fn, op, inputs, options, wrong):
+    with pytest.raises(wrong.raises, match=f"^{op.name}: {wrong.match}") as caught:
         fn(*inputs.values(), **options)
     assert "\n" not in str(caught.value)
 
@@ -41,7 +41,7 @@ def refuses(fn, inputs, options, wrong):
 @pytest.mark.parametrize(("op", "wrong"), WRONGS)
 def test_the_reference_refuses(op, wrong):
     inputs, options = wrong_call(op, wrong)
-    refuses(op.called(getattr(reference, op.name)), inputs, options, wrong)
+    refuses(op.called(getattr(reference, op.name)), op, inputs, options, wrong)
 
 
 def is_declared(op, wrong):
@@ -77,7 +77,7 @@ def test_the_kernels_refuse(op, wrong, impl):
     if wrong.name == "target_too_large" and device == "cuda":
         pytest.skip("on CUDA a target out of range makes its loss NaN, as documented")
     fn = op.called(functools.partial(getattr(kernels, op.name), impl=impl))
-    refuses(fn, tensors, options, wrong)
+    refuses(fn, op, tensors, options, wrong)
 
 
 def tensors_of(name):

@@ -416,6 +416,21 @@ def test_cross_entropy_agrees_with_torch_on_every_edge(reduction, smoothing, ign
     np.testing.assert_allclose(dlogits, theirs.grad.numpy(), rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("first", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("others", [[0.0, 1.0], [-np.inf, -np.inf], [0.0, np.inf]], ids=str)
+def test_cross_entropy_of_what_is_not_finite_is_torchs(first, others, target, smoothing):
+    logits = np.array([[first, *others]])
+    theirs = torch.from_numpy(logits).requires_grad_()
+    want = F.cross_entropy(theirs, torch.tensor([target]), label_smoothing=smoothing)
+    want.backward()
+    loss, cache = cross_entropy(logits, np.array([target]), label_smoothing=smoothing)
+    (dlogits,) = cross_entropy_backward(1.0, cache)
+    np.testing.assert_allclose(loss, want.detach().numpy(), rtol=1e-13)
+    np.testing.assert_allclose(dlogits, theirs.grad.numpy(), rtol=1e-12)
+
+
 def test_the_head_takes_w_as_wte_lies_and_never_needs_to_be_tied():
     x, w, b, targets = normal(5, 4), normal(7, 4), normal(7), np.array([3, 1, 0, 5, 6])
     loss, _ = linear_cross_entropy(x, w, targets, b)

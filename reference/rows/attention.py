@@ -382,7 +382,11 @@ ATTENTION = row(
         Wrong("q_rank", "q must have shape", shapes={"q": (2, 33, 16)}),
         Wrong("no_keys", "Tk must be at least 1", shapes={"k": (2, 2, 0, 16), "v": (2, 2, 0, 16)}),
         Wrong("unknown_align", "align must be one of", options={"align": "middle"}),
-        Wrong("heads", "multiple of Hkv", shapes={"k": (2, 4, 33, 16), "v": (2, 4, 33, 16)}),
+        Wrong(
+            "heads",
+            "H must be a multiple of Hkv",
+            shapes={"k": (2, 4, 33, 16), "v": (2, 4, 33, 16)},
+        ),
         Wrong("no_window", "window must be at least 1", options={"window": 0}),
         Wrong("half_a_key", "window must be an integer", options={"window": 2.5}, raises=TypeError),
         Wrong(
@@ -523,6 +527,8 @@ PAGED_ATTENTION = row(
         Wrong("v_pages", "v_pages must have shape", shapes={"v_pages": (14, 2, 15, 16)}),
         Wrong("length_over_pages", "lengths must lie in", values={"lengths": lambda n: n + 64}),
         Wrong("half_a_key", "window must be an integer", options={"window": 2.5}, raises=TypeError),
+        Wrong("no_window", "window must be at least 1", options={"window": 0}),
+        Wrong("heads", "H must be a multiple of Hkv", shapes={"q": (3, 3, 2, 16)}),
         Wrong("page_unknown", "block_table must lie in", values={"block_table": lambda t: t + 14}),
     ),
     batch="B",
