@@ -130,12 +130,15 @@ def attend(q, k, v, visible, keep, scale):
     """
     repeats = q.shape[1] // k.shape[1]
     sees, seen = sight(visible)
-    q = np.where(sees, q, 0.0)
+    q = _for_heads(q, sees, 1)
     k, v = (_for_heads(x, seen, repeats) for x in (k, v))
 
     with np.errstate(divide="ignore", invalid="ignore"):
         p, total, lse = masked_softmax(_scores(q, k, visible, scale), sees)
-        o = np.where(sees, stored(_dropped(stored(p, unit=total), keep) @ v), 0.0)
+        o = stored(_dropped(stored(p, unit=total), keep) @ v)
+    np.copyto(o, 0.0, where=~sees)
+    # nothing of size Tq·Tk is saved, but for a kernel that may have done so
+    p = sharper(p, lambda: None, lambda: p)
     return (o, lse[..., 0]), (q, k, v, o, p, np.where(sees, lse, 0.0), keep, visible, scale)
 
 
@@ -158,9 +161,14 @@ def attention_backward(dy, cache):
 def weights_again(do, cache):
     """p as the backward has it, and do where a query sees something."""
     q, k, _, _, p, lse, _, visible, scale = cache
-    # nothing of size Tq·Tk is saved in a fused kernel: it computes the scores again
-    p = otherwise(p, lambda: _weights(q, k, lse, visible, scale))
-    return p, np.where(visible.any(-1, keepdims=True), do, 0.0)
+    sees, _ = sight(visible)
+
+    def exact():
+        with np.errstate(invalid="ignore"):
+            return masked_softmax(_scores(q, k, visible, scale), sees)[0]
+
+    p = sharper(q, exact, lambda: otherwise(p, lambda: _weights(q, k, lse, visible, scale)))
+    return p, _for_heads(do, sees, 1)
 
 
 def score_gradient(p, do, dlse, cache):
@@ -211,9 +219,9 @@ def _value_gradient(p, keep, do):
 
 def _score_gradient(p, do, v, keep, delta):
     dp = _dropped(stored(do @ v.swapaxes(-1, -2)), keep)
-    # not a third name: no more than three arrays of scores are alive
-    dp = dp - delta(dp)
-    return stored(p * dp)
+    dp -= delta(dp)
+    dp *= p
+    return stored(dp)
 
 
 def _dropped(p, keep):
@@ -222,30 +230,35 @@ def _dropped(p, keep):
         return p
     kept, rate = keep
     p = p * kept
-    return p * rate
+    p *= rate
+    return p
 
 
 def masked_softmax(s, sees):
-    """p, Σ exp(s − max), lse; lse is −∞ in rows that see nothing."""
+    """p, which may take the place of s, Σ exp(s − max), lse, −∞ in rows that see nothing."""
     m = np.where(sees, s.max(-1, keepdims=True, initial=-np.inf), 0.0)
-    e = np.exp(s - m)
-    total = e.sum(-1, keepdims=True)
 
     def exact():
+        # in place; NumPy's exp is slow at −∞
+        largest, hidden = s.argmax(-1, keepdims=True), s == -np.inf
+        p = np.subtract(s, m, out=s)
+        np.exp(p, out=p, where=~hidden)
+        np.copyto(p, 0.0, where=hidden)
         # all keys but the largest may be too small to show in a total near 1
-        largest = s.argmax(-1, keepdims=True)
-        one = np.take_along_axis(e, largest, -1)
-        np.put_along_axis(e, largest, 0.0, -1)
-        lse = m + np.where(sees, np.log1p(e.sum(-1, keepdims=True)), -np.inf)
-        np.put_along_axis(e, largest, one, -1)
-        return np.divide(e, np.where(sees, total, 1.0), out=e), lse
+        one = np.take_along_axis(p, largest, -1)
+        np.put_along_axis(p, largest, 0.0, -1)
+        others = p.sum(-1, keepdims=True)
+        np.put_along_axis(p, largest, one, -1)
+        total = others + one
+        p /= np.where(sees, total, 1.0)
+        return p, total, m + np.where(sees, np.log1p(others), -np.inf)
 
     def legal():
+        total = np.exp(s - m).sum(-1, keepdims=True)
         lse = m + np.log(total)
-        return np.exp(s - rescaled(np.where(sees, lse, 0.0))), lse
+        return np.exp(s - rescaled(np.where(sees, lse, 0.0))), total, lse
 
-    p, lse = sharper(s, exact, legal)
-    return p, total, lse
+    return sharper(s, exact, legal)
 
 
 def _direction(x):
@@ -272,11 +285,15 @@ def _weights(q, k, lse, visible, scale):
 
 def _scores(q, k, visible, scale):
     """scale·q kᵀ where visible, else −∞."""
-    return np.where(visible, rescaled(scale * (q @ k.swapaxes(-1, -2))), -np.inf)
+    s = q @ k.swapaxes(-1, -2)
+    s *= scale
+    s = rescaled(s)
+    np.copyto(s, -np.inf, where=~visible)
+    return s
 
 
 def _for_heads(k, seen, repeats):
-    """k of every query head, with 0 in place of what no query sees."""
+    """k of every query head, with 0 in place of what no query sees; q, where it sees nothing."""
     k = k if seen.all() else np.where(seen, k, 0.0)
     return k if repeats == 1 else np.repeat(k, repeats, axis=1)
 

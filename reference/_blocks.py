@@ -169,9 +169,9 @@ class Blocks:
         """`add`, of a table that has no other rows: it may be most of a small model."""
         if key in grads:
             grads[key] = stored(grads[key])
-            grads[key][ids] += stored(rows)
+            grads[key][ids] = grads[key][ids] + stored(rows)
         else:
-            grads[key] = np.zeros_like(self[key])
+            grads[key] = np.zeros_like(rows, shape=self[key].shape)
             grads[key][ids] = rows
 
     def _pair(self, key):

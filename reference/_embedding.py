@@ -37,26 +37,26 @@ def embedding_backward(dy, cache):
     """-> dwte, dwpe (None where wpe was absent)."""
     _, _, *tables = cache
     return tuple(
-        None if table is None else _table(table, *rows)
+        None if table is None else _table(len(table), *rows)
         for table, rows in zip(tables, row_gradients(dy, cache))
     )
 
 
 def row_gradients(dy, cache):
     """(ids, rows) of dwte and of dwpe: their rows at the ids that were read, the others are 0."""
-    tokens, positions, wte, wpe = cache
+    tokens, positions, _, wpe = cache
     dy = floats(dy)
-    return _rows(wte, tokens, dy), None if wpe is None else _rows(wpe, positions, dy)
+    return _rows(tokens, dy), None if wpe is None else _rows(positions, dy)
 
 
-def _rows(table, index, dy):
+def _rows(index, dy):
     ids, place = np.unique(index, return_inverse=True)
-    rows = np.zeros_like(table, shape=(len(ids), table.shape[1]))
+    rows = np.zeros_like(dy, shape=(len(ids), dy.shape[-1]))
     np.add.at(rows, place.reshape(index.shape), dy)
     return ids, rows
 
 
-def _table(like, ids, rows):
-    table = np.zeros_like(like)
+def _table(length, ids, rows):
+    table = np.zeros_like(rows, shape=(length, rows.shape[1]))
     table[ids] = rows
     return table

@@ -18,9 +18,11 @@ import numpy as np
 from scipy.special import erf, erfc
 
 from ._checks import expect_choice, expect_rows, expect_shape
-from ._rounding import floats, sharper, stored
+from ._rounding import Rounded, floats, sharper, stored
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+# elements of 256 KiB
+_PIECE = 1 << 15
 
 
 def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, residual=None):
@@ -34,17 +36,21 @@ def ffn(x, w1, b1, w2, b2, activation="gelu_tanh", *, residual=None):
     expect_shape("ffn", "w2", w2, "(F, C)", (F, C))
     expect_shape("ffn", "b2", b2, "(C,)", (C,))
     z, a = hidden(x, w1, b1, activation)
-    y = a @ w2 + b2
+    y = a @ w2
+    y += b2
     if residual is not None:
         expect_shape("ffn", "residual", residual, "x's shape", x.shape)
-        y = stored(y) + residual
+        y = stored(y)
+        y += residual
     return y, (x, w1, w2, z, a, activation, residual is not None)
 
 
 def hidden(x, w1, b1, activation):
     """z = x w1 + b1,  a = f(z)."""
-    z = stored(x @ w1 + b1)
-    return z, stored(_activate(z, activation))
+    z = x @ w1
+    z += b1
+    z = stored(z)
+    return z, stored(_by_pieces(lambda z: _activate(z, activation), z))
 
 
 def ffn_backward(dy, cache):
@@ -59,7 +65,19 @@ def ffn_backward(dy, cache):
 
 def hidden_gradient(dy, w2, z, activation):
     """dz = (dy w2ᵀ) ⊙ f'(z)."""
-    return stored(stored(dy @ w2.T) * _slope(z, activation))
+    da = stored(dy @ w2.T)
+    return stored(_by_pieces(lambda da, z: da * _slope(z, activation), da, z))
+
+
+def _by_pieces(formula, *arrays):
+    """An elementwise formula of arrays of one shape; what it makes on the way stays in cache."""
+    if isinstance(arrays[0], Rounded):
+        return formula(*arrays)
+    out, flat = np.empty(arrays[0].shape, arrays[0].dtype), [x.reshape(-1) for x in arrays]
+    for start in range(0, out.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        out.reshape(-1)[piece] = formula(*(x[piece] for x in flat))
+    return out
 
 
 def _activate(z, activation):
@@ -67,7 +85,7 @@ def _activate(z, activation):
         return np.maximum(z, 0)
     if activation == "gelu":
         return z * _normal_cdf(z)
-    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
+    u = _inner(z)
     return z * sharper(u, lambda: _gate(u), lambda: 0.5 * (1 + np.tanh(u)))
 
 
@@ -78,10 +96,13 @@ def _slope(z, activation):
     if activation == "gelu":
         density = np.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
         return _normal_cdf(z) + z * density
-    u = math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
     inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
-    gate, slope = _gate_and_slope(u)
+    gate, slope = _gate_and_slope(_inner(z))
     return gate + z * slope * inner
+
+
+def _inner(z):
+    return math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
 
 
 def _normal_cdf(z):
@@ -98,8 +119,11 @@ def _gate_and_slope(u):
         return 0.5 * (1 + t), 0.5 * (1 - t * t)
 
     def from_exp():
-        gate = _gate(u)
-        return gate, 2 * gate * _gate(-u)
+        with np.errstate(over="ignore"):
+            e = np.exp(-2 * u)
+        gate = 1 / (1 + e)
+        # where e overflows the gate is 0, and so must be what is left of it
+        return gate, 2 * gate * (gate * np.minimum(e, np.finfo(float).max))
 
     return sharper(u, from_exp, from_tanh)
 

@@ -25,10 +25,14 @@ def layer_norm(x, w, b, eps=1e-5):
     expect_shape("layer_norm", "b", b, "(C,)", x.shape[-1:])
     mean = x.mean(-1, keepdims=True)
     centred = x - mean
-    centred = centred - refinement(centred.mean(-1, keepdims=True))
-    rstd = 1 / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps)
-    xhat = otherwise(centred * rstd, lambda: x * rstd - mean * rstd)
-    return w * xhat + b, (xhat, rstd, w, x, mean)
+    centred -= refinement(centred.mean(-1, keepdims=True))
+    y = centred * centred
+    rstd = 1 / np.sqrt(y.mean(-1, keepdims=True) + eps)
+    centred *= rstd
+    xhat = otherwise(centred, lambda: x * rstd - mean * rstd)
+    y = np.multiply(w, xhat, out=y)
+    y += b
+    return y, (xhat, rstd, w, x, mean)
 
 
 def layer_norm_backward(dy, cache):
@@ -36,7 +40,9 @@ def layer_norm_backward(dy, cache):
     xhat, rstd, w, _, _ = cache
     dy = floats(dy)
     g = w * dy
-    dx = rstd * (g - g.mean(-1, keepdims=True) - xhat * slope(g, cache))
+    dx = g - g.mean(-1, keepdims=True)
+    dx -= xhat * slope(g, cache)
+    dx *= rstd
     rows = tuple(range(dy.ndim - 1))
     return dx, (dy * xhat).sum(rows), dy.sum(rows)
 

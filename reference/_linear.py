@@ -19,7 +19,9 @@ def linear(x, w, b=None):
     expect_shape("linear", "w", w, "(K, N)", (x.shape[-1], None))
     if b is not None:
         expect_shape("linear", "b", b, "(N,)", (w.shape[1],))
-    y = x @ w if b is None else x @ w + b
+    y = x @ w
+    if b is not None:
+        y += b
     return y, (x, w, b is not None)
 
 

@@ -164,8 +164,6 @@ class Rounded(np.ndarray):
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
         arithmetic = next(x.arithmetic for x in (*inputs, *(out or ())) if isinstance(x, Rounded))
         inputs = [_plain(x) for x in inputs]
-        if out is not None:
-            options["out"] = tuple(_plain(x) for x in out)
         with np.errstate(all="ignore"):
             if method == "__call__" and ufunc is np.matmul and not options:
                 result = arithmetic.matmul(*inputs)
@@ -179,7 +177,11 @@ class Rounded(np.ndarray):
                 result = arithmetic.apply(ufunc, *inputs, **options)
             else:
                 result = getattr(ufunc, method)(*inputs, **options)
-        return _tracked(result, arithmetic)
+        if out is None:
+            return _tracked(result, arithmetic)
+        # in place, by the same arithmetic: x *= y is x = x * y
+        np.copyto(_plain(out[0]), result, where=options.get("where", True))
+        return _tracked(out[0], arithmetic)
 
     def __array_function__(self, func, types, args, kwargs):
         return _tracked(super().__array_function__(func, types, args, kwargs), self.arithmetic)
@@ -256,14 +258,11 @@ def _erf_by_rational(x):
 def floats(*arrays):
     """The arrays in the arithmetic they bring: float64, or `Rounded` as it is. None passes.
 
-    complex128 stays as it is: the step of a derivative without cancellation (`tests/proof`).
+    All are complex128 where one is complex: the step of a derivative without cancellation
+    (`tests/proof`).
     """
-    out = tuple(
-        x
-        if x is None or isinstance(x, Rounded)
-        else np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
-        for x in arrays
-    )
+    wide = np.complex128 if any(np.iscomplexobj(x) for x in arrays) else np.float64
+    out = tuple(x if x is None or isinstance(x, Rounded) else np.asarray(x, wide) for x in arrays)
     return out if len(out) > 1 else out[0]
 
 

@@ -11,6 +11,7 @@ import transformers
 import triton
 import triton.language as tl
 from gaugeblock.reference import (
+    _ffn,
     adam,
     adamw,
     clip_grad_norm,
@@ -18,6 +19,7 @@ from gaugeblock.reference import (
     dropout,
     embedding,
     ffn,
+    ffn_backward,
     linear,
     linear_cross_entropy,
     sample,
@@ -412,6 +414,20 @@ def test_equals_at_the_edge_of_top_p_may_be_chosen_in_any_way():
         inputs = dict(logits=logits[None], u=np.array([u]))
         accepted = {i for i in range(9) if accepts(np.array([i]), inputs, options, runs).all()}
         assert accepted == right
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_an_ffn_of_many_hidden_units_is_that_of_its_rows(rows, monkeypatch):
+    rng = np.random.default_rng(0)
+    shapes = (rows, 2), (2, 7), 7, (7, 2), 2
+    inputs, dy = [rng.standard_normal(shape) for shape in shapes], rng.standard_normal((rows, 2))
+    y, cache = ffn(*inputs)
+    dx, *_ = ffn_backward(dy, cache)
+    # 7 units of 40 rows are 23 pieces, the last of 4 units
+    monkeypatch.setattr(_ffn, "_PIECE", 12)
+    pieces, cache = ffn(*inputs)
+    np.testing.assert_array_equal(pieces, y)
+    np.testing.assert_array_equal(ffn_backward(dy, cache)[0], dx)
 
 
 # errors

@@ -2,7 +2,7 @@
 
 Every function of an op's module, but those that check arguments, is changed in one place at a time:
 
-    a sign or an operator another one, a term or a factor dropped
+    a sign or an operator another one, a term or a factor dropped, in place too
     a transposition dropped, an axis another one
     sum another reduction, a function another one (max, exp, where's branches)
     a constant off by one or doubled, a comparison with or without its equality
@@ -99,6 +99,9 @@ EQUIVALENT = [
     ("attention", ".*", r"np.where\(sees, lse, 0.0\) -> lse", "p is 0 in such a row"),
     ("attention", "attention", r"^1 -> 2$", "what everything is divided by where nothing is kept"),
     ("attention", "masked_softmax", r"initial", "Tk is at least 1"),
+    ("attention", "masked_softmax", r"where=~hidden", "exp(−∞) is 0 either way, slowly"),
+    ("ffn", "_by_pieces", r"start", "for more than a piece; test_reference_ops"),
+    ("cross_entropy", "row_losses", r"0\.0 \* e", "e of the largest is 1, or NaN either way"),
     ("attention", "_for_heads|_over_groups", r" if ", "saves a copy"),
 ]  # fmt: skip
 
@@ -192,6 +195,10 @@ def _changes(node):
         if isinstance(node.op, _HALVES):
             yield node.left
             yield node.right
+    elif isinstance(node, ast.AugAssign):
+        yield ast.Pass()
+        if other := _BINARY.get(type(node.op)):
+            yield ast.AugAssign(node.target, other(), node.value)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
         yield node.operand
     elif isinstance(node, ast.Compare) and len(node.ops) == 1:
