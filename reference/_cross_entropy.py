@@ -38,55 +38,71 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
     index = np.where(kept, targets, 0)[..., None]
 
     with np.errstate(invalid="ignore"):
-        loss, lse = row_losses(logits, index, kept, alpha)
+        loss, _, p = row_losses(logits, index, kept, alpha)
         count = np.float64(kept.sum()) if reduction == "mean" else 1.0
         if reduction != "none":
             total = loss.sum()
             # or every row's loss times a share that is rounded once
             loss = otherwise(total / count, lambda: (loss * (np.ones_like(total) / count)).sum())
-        p = np.exp(logits - lse)
     return loss, (p, index, kept, count, alpha)
 
 
 def row_losses(logits, index, kept, alpha):
-    """(loss, lse) of each row, lse (..., 1). index: the targets, (..., 1)."""
+    """(loss, lse, p) of each row, lse (..., 1). index: the targets, (..., 1)."""
     m = logits.max(-1, keepdims=True)
-    e = np.exp(logits - np.where(m == -np.inf, 0.0, m))
+    p = logits - np.where(m == -np.inf, 0.0, m)
+    p = np.exp(p, out=p)
     x = np.take_along_axis(logits, index, -1)
 
     def exact():
-        largest = np.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
-        # of the largest 0, and NaN where it is NaN, as with a logit of +∞
-        log = np.log1p(np.where(largest, 0.0 * e, e).sum(-1, keepdims=True))
+        largest = logits.argmax(-1, keepdims=True)
+        one = np.take_along_axis(p, largest, -1)
+        # 0, and NaN where it is NaN, as with a logit of +∞
+        np.put_along_axis(p, largest, 0.0 * one, -1)
+        others = p.sum(-1, keepdims=True)
+        np.put_along_axis(p, largest, one, -1)
+        log = np.log1p(others)
         mean = (m - logits).mean(-1, keepdims=True) + log if alpha else 0.0
-        return m + log, (1 - alpha) * (m - x + log) + alpha * mean
+        loss = (1 - alpha) * (m - x + log) + alpha * mean
+        return loss, m + log, np.divide(p, one + others, out=p)
 
     def legal():
         with np.errstate(divide="ignore"):
-            lse = np.where(m == -np.inf, 0.0, m) + np.log(e.sum(-1, keepdims=True))
+            lse = np.where(m == -np.inf, 0.0, m) + np.log(p.sum(-1, keepdims=True))
         mean = lse - logits.mean(-1, keepdims=True) if alpha else 0.0
-        return lse, (1 - alpha) * (lse - x) + alpha * mean
+        return (1 - alpha) * (lse - x) + alpha * mean, lse, np.exp(logits - lse)
 
-    lse, loss = sharper(logits, exact, legal)
-    return np.where(kept, loss[..., 0], 0.0), lse
+    loss, lse, p = sharper(logits, exact, legal)
+    return np.where(kept, loss[..., 0], 0.0), lse, p
 
 
 def cross_entropy_backward(dloss, cache):
     """-> dlogits."""
     p, index, kept, count, alpha = cache
     dloss = floats(dloss)
-    onehot = np.arange(p.shape[-1]) == index
 
     def exact():
-        others = np.where(onehot, 0.0, p)
-        return np.where(onehot, alpha - others.sum(-1, keepdims=True), others)
+        excess = p.copy()
+        np.put_along_axis(excess, index, 0.0, -1)
+        at_target = alpha - excess.sum(-1, keepdims=True)
+        np.put_along_axis(excess, index, at_target, -1)
+        return excess
 
-    excess = sharper(p, exact, lambda: p - np.where(onehot, 1 - alpha, 0.0))
+    def legal():
+        return p - np.where(np.arange(p.shape[-1]) == index, 1 - alpha, 0.0)
+
+    excess = sharper(p, exact, legal)
     with np.errstate(invalid="ignore", divide="ignore"):
         rows = np.broadcast_to(dloss / count, kept.shape)
         return (logit_gradient(rows, kept, excess, alpha / p.shape[-1]),)
 
 
 def logit_gradient(rows, kept, excess, uniform):
-    """dlogits of any columns. rows: dloss/count; excess: p − (1 − α)·onehot; uniform: α/V."""
-    return np.where(kept[..., None], rows[..., None] * (excess - uniform), 0.0)
+    """dlogits of any columns, in place of excess.
+
+    rows: dloss/count; excess: p − (1 − α)·onehot; uniform: α/V.
+    """
+    excess -= uniform
+    excess *= rows[..., None]
+    np.copyto(excess, 0.0, where=~kept[..., None])
+    return excess

@@ -43,8 +43,13 @@ def layer_norm_backward(dy, cache):
     dx = g - g.mean(-1, keepdims=True)
     dx -= xhat * slope(g, cache)
     dx *= rstd
+    return dx, *row_sums(dy, xhat)
+
+
+def row_sums(dy, xhat):
+    """-> dw, db."""
     rows = tuple(range(dy.ndim - 1))
-    return dx, (dy * xhat).sum(rows), dy.sum(rows)
+    return (dy * xhat).sum(rows), dy.sum(rows)
 
 
 def slope(g, cache):

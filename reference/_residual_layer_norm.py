@@ -12,8 +12,10 @@ Shapes: x, r, y, h (..., C); w, b (C,). dtype float64.
 Source: Vaswani et al. 2017, section 5.4 (add and norm); Ba et al. 2016, arXiv:1607.06450.
 """
 
+import numpy as np
+
 from ._checks import expect_shape
-from ._layer_norm import layer_norm, layer_norm_backward, slope
+from ._layer_norm import layer_norm, row_sums, slope
 from ._rounding import floats, rescaled, sharper, stored
 
 
@@ -25,8 +27,8 @@ def residual_layer_norm(x, r, w, b, eps=1e-5):
     expect_shape("residual_layer_norm", "b", b, "(C,)", x.shape[-1:])
     h = x + r
     y, (hhat, rstd, w, h, mean) = layer_norm(h, w, b, eps)
-    # what the backward sees where it reads the written h: nothing more in exact arithmetic
-    hhat = hhat + (stored(h) - h) * rstd
+    # a backward that reads the h which was written sees it rounded
+    hhat = sharper(h, lambda: hhat, lambda: hhat + (stored(h) - h) * rstd)
     return (y, h), (hhat, rstd, w, h, mean)
 
 
@@ -35,10 +37,15 @@ def residual_layer_norm_backward(dy, cache):
     hhat, rstd, w, _, _ = cache
     dy, dh = floats(*dy)
     g = w * dy
-    others = g.mean(-1, keepdims=True) + hhat * slope(g, cache)
+    others = hhat * slope(g, cache)
+    others += g.mean(-1, keepdims=True)
+
+    def exact():
+        dx = np.subtract(g, others, out=g)
+        dx *= rstd
+        dx += dh
+        return dx
+
     # dh may join any term: where they cancel, as in a single column, the rounding of this one stays
-    dx = sharper(
-        g, lambda: dh + rstd * (g - others), lambda: (dh + rescaled(rstd * g)) - rstd * others
-    )
-    _, dw, db = layer_norm_backward(dy, cache)
-    return dx, dx, dw, db
+    dx = sharper(g, exact, lambda: (dh + rescaled(rstd * g)) - rstd * others)
+    return dx, dx, *row_sums(dy, hhat)

@@ -230,7 +230,7 @@ class _Losses:
             for rows in self.blocks(len(self.targets)):
                 kept = self.kept[rows]
                 index = np.where(kept, self.targets[rows], 0)[:, None]
-                losses, lse = row_losses(self.logits(rows, take), index, kept, self.alpha)
+                losses, lse, _ = row_losses(self.logits(rows, take), index, kept, self.alpha)
                 found.append({"loss": losses, "lse": lse[:, 0]})
             self._exact = _joined(found)
         return self._exact
