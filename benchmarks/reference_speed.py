@@ -5,9 +5,11 @@
 GPT-2 on one row of tokens, weights random and shared by both: the forward to the logits, and the
 backward from a gradient of the logits to those of all weights. The peer is GPT-2 as a torch user
 would write it, with torch's own attention, GELU, norm and products. Logits and gradients must agree
-before anything is timed. The two take turns, and the ratios are those of their medians. Threads are
-what OMP_NUM_THREADS says, all cores where it says nothing. Where the kernel is slow to find huge
-pages, NumPy pays for asking: NUMPY_MADVISE_HUGEPAGE=0 in the environment turns that off.
+before anything is timed. The two take turns, --rounds times several evaluations in a row, and the
+ratios are those of the medians. The first evaluation of a turn is counted apart: its memory has
+lain idle, and a virtual machine may have to get it back from its host. NumPy asks for huge pages,
+which then come slowly; NUMPY_MADVISE_HUGEPAGE=0 in the environment turns that off. Threads are what
+OMP_NUM_THREADS says, all cores where it says nothing.
 """
 
 import argparse
@@ -68,8 +70,12 @@ class Torch:
         return self._affine(f"{key}.c_proj", o.transpose(1, 2).reshape(B, T, C))
 
 
+# evaluations in a row
+_IN_A_ROW = 4
+
+
 def measure(config, tokens, rounds):
-    """{"reference" or "torch": {"fwd" or "bwd": seconds of each round}}."""
+    """{"reference" or "torch": {"fwd" or "bwd": seconds}}, of first evaluations and of the others."""
     rng = np.random.default_rng(0)
     weights = {
         key: 0.02 * rng.standard_normal(shape) + (".ln_" in f".{key}" and key.endswith("weight"))
@@ -79,15 +85,16 @@ def measure(config, tokens, rounds):
     dlogits = rng.standard_normal((1, tokens, config.vocab_size)) / tokens
     models = {"reference": reference.GPT(config, weights), "torch": Torch(config, weights)}
     _expect_parity(models, ids, dlogits)
-    times = {name: {"fwd": [], "bwd": []} for name in models}
+    first, others = ({name: {"fwd": [], "bwd": []} for name in models} for _ in range(2))
     for _ in range(rounds):
         for name, model in models.items():
-            for direction, seconds in zip(("fwd", "bwd"), _turn(model, ids, dlogits)):
-                times[name][direction].append(seconds)
-    return times
+            for i in range(_IN_A_ROW):
+                for direction, seconds in zip(("fwd", "bwd"), _evaluation(model, ids, dlogits)):
+                    (others if i else first)[name][direction].append(seconds)
+    return first, others
 
 
-def _turn(model, ids, dlogits):
+def _evaluation(model, ids, dlogits):
     """Seconds of a forward and of its backward."""
     start = time.perf_counter()
     _, cache = model.forward(ids)
@@ -99,7 +106,7 @@ def _turn(model, ids, dlogits):
 
 
 def _expect_parity(models, ids, dlogits):
-    """Also the turn of each that is not timed."""
+    """Also the evaluation of each that is not timed."""
     answers = []
     for model in models.values():
         logits, cache = model.forward(ids)
@@ -113,12 +120,7 @@ def _expect_parity(models, ids, dlogits):
 
 def record(config, tokens, rounds):
     """What is written: the machine, every time, and the ratio of the medians."""
-    times = measure(config, tokens, rounds)
-    medians = {
-        name: {direction: statistics.median(seconds) for direction, seconds in of.items()}
-        for name, of in times.items()
-    }
-    ratios = {d: medians["reference"][d] / medians["torch"][d] for d in ("fwd", "bwd")}
+    first, others = measure(config, tokens, rounds)
     return {
         "shape": {"n_layer": config.n_layer, "n_embd": config.n_embd, "tokens": tokens},
         "parameters": reference.parameter_count(config),
@@ -129,10 +131,18 @@ def record(config, tokens, rounds):
         # NumPy asks for huge pages, which some machines are slow to find
         "NUMPY_MADVISE_HUGEPAGE": os.environ.get("NUMPY_MADVISE_HUGEPAGE"),
         "versions": {"numpy": np.__version__, "torch": torch.__version__},
-        "times_s": times,
-        "median_s": medians,
-        "ratio": ratios,
+        "first": _summary(first),
+        "others": _summary(others),
     }
+
+
+def _summary(times):
+    medians = {
+        name: {direction: statistics.median(seconds) for direction, seconds in of.items()}
+        for name, of in times.items()
+    }
+    ratios = {d: medians["reference"][d] / medians["torch"][d] for d in ("fwd", "bwd")}
+    return {"times_s": times, "median_s": medians, "ratio": ratios}
 
 
 def main(arguments=None):
@@ -142,16 +152,21 @@ def main(arguments=None):
     parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
     parser.add_argument("--width", type=int, help="another width than the preset's")
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     given = parser.parse_args(arguments)
     config = GPTConfig.preset(given.preset)
     config = replace(
         config, n_layer=given.layers or config.n_layer, n_embd=given.width or config.n_embd
     )
     found = record(config, given.tokens, given.rounds)
-    for direction, ratio in found["ratio"].items():
-        ours, theirs = (found["median_s"][name][direction] for name in ("reference", "torch"))
-        print(f"{direction}: reference {ours:.3f} s, torch {theirs:.3f} s, ratio {ratio:.2f}")
+    for which in ("others", "first"):
+        for direction, ratio in found[which]["ratio"].items():
+            of = found[which]["median_s"]
+            print(
+                f"{direction}{', first' if which == 'first' else ''}: "
+                f"reference {of['reference'][direction]:.3f} s, "
+                f"torch {of['torch'][direction]:.3f} s, ratio {ratio:.2f}"
+            )
     if given.out:
         given.out.write_text(json.dumps(found, indent=2) + "\n")
 

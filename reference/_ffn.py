@@ -66,7 +66,13 @@ def ffn_backward(dy, cache):
 def hidden_gradient(dy, w2, z, activation):
     """dz = (dy w2ᵀ) ⊙ f'(z)."""
     da = stored(dy @ w2.T)
-    return stored(_by_pieces(lambda da, z: da * _slope(z, activation), da, z))
+
+    def dz(da, z):
+        slope = _slope(z, activation)
+        slope *= da
+        return slope
+
+    return stored(_by_pieces(dz, da, z))
 
 
 def _by_pieces(formula, *arrays):
@@ -85,8 +91,9 @@ def _activate(z, activation):
         return np.maximum(z, 0)
     if activation == "gelu":
         return z * _normal_cdf(z)
-    u = _inner(z)
-    return z * sharper(u, lambda: _gate(u), lambda: 0.5 * (1 + np.tanh(u)))
+    gate, _ = _gate(_inner(z))
+    gate *= z
+    return gate
 
 
 def _slope(z, activation):
@@ -96,13 +103,24 @@ def _slope(z, activation):
     if activation == "gelu":
         density = np.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
         return _normal_cdf(z) + z * density
-    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
-    gate, slope = _gate_and_slope(_inner(z))
-    return gate + z * slope * inner
+    gate, rest = _gate(_inner(z))
+    slope = z * z
+    slope *= 3 * 0.044715 * math.sqrt(2 / math.pi)
+    slope += math.sqrt(2 / math.pi)
+    slope *= z
+    slope *= gate
+    slope *= rest
+    slope += gate
+    return slope
 
 
 def _inner(z):
-    return math.sqrt(2 / math.pi) * (z + 0.044715 * z * z * z)
+    """u = √(2/π)·(z + 0.044715 z³)."""
+    u = z * z
+    u *= 0.044715 * math.sqrt(2 / math.pi)
+    u += math.sqrt(2 / math.pi)
+    u *= z
+    return u
 
 
 def _normal_cdf(z):
@@ -111,28 +129,23 @@ def _normal_cdf(z):
     return sharper(z, lambda: 0.5 * erfc(-z), lambda: 0.5 * (1 + erf(z)))
 
 
-def _gate_and_slope(u):
-    """½(1 + tanh u) = 1/(1 + exp(−2u)), ½(1 − tanh² u), which 1 ± tanh loses far from 0."""
+def _gate(u):
+    """½(1 + tanh u),  1 − tanh u, which both cancel where they are small."""
 
     def from_tanh():
         t = np.tanh(u)
-        return 0.5 * (1 + t), 0.5 * (1 - t * t)
+        return 0.5 * (1 + t), 1 - t
 
     def from_exp():
+        e = np.multiply(u, -2, out=u)
         with np.errstate(over="ignore"):
-            e = np.exp(-2 * u)
-        gate = 1 / (1 + e)
-        # where e overflows the gate is 0, and so must be what is left of it
-        return gate, 2 * gate * (gate * np.minimum(e, np.finfo(float).max))
+            np.exp(e, out=e)
+        gate = 1 + e
+        np.divide(1, gate, out=gate)
+        # where e overflows the gate is 0, and what is left of it 1
+        np.minimum(e, np.finfo(float).max, out=e)
+        e *= gate
+        e *= 2
+        return gate, e
 
     return sharper(u, from_exp, from_tanh)
-
-
-def _gate(u):
-    """1/(1 + exp(−2u))."""
-    # in place, and an exponential that overflows gives the right answer, 0
-    y = -2 * u
-    with np.errstate(over="ignore"):
-        np.exp(y, out=y)
-    y += 1
-    return np.divide(1, y, out=y)

@@ -15,7 +15,7 @@ LeVeque 1983.
 import numpy as np
 
 from ._checks import expect_shape
-from ._rounding import floats, otherwise, refinement
+from ._rounding import floats, otherwise, refinement, sharper
 
 
 def layer_norm(x, w, b, eps=1e-5):
@@ -26,11 +26,10 @@ def layer_norm(x, w, b, eps=1e-5):
     mean = x.mean(-1, keepdims=True)
     centred = x - mean
     centred -= refinement(centred.mean(-1, keepdims=True))
-    y = centred * centred
-    rstd = 1 / np.sqrt(y.mean(-1, keepdims=True) + eps)
+    rstd = 1 / np.sqrt(_mean_of_product(centred, centred) + eps)
     centred *= rstd
     xhat = otherwise(centred, lambda: x * rstd - mean * rstd)
-    y = np.multiply(w, xhat, out=y)
+    y = w * xhat
     y += b
     return y, (xhat, rstd, w, x, mean)
 
@@ -59,4 +58,13 @@ def slope(g, cache):
     def from_sums():
         return rstd * ((g * x).mean(-1, keepdims=True) - mean * g.mean(-1, keepdims=True))
 
-    return otherwise((g * xhat).mean(-1, keepdims=True), from_sums)
+    return otherwise(_mean_of_product(g, xhat), from_sums)
+
+
+def _mean_of_product(a, b):
+    """mean(a ⊙ b) of rows."""
+    return sharper(
+        a,
+        lambda: np.einsum("...i,...i->...", a, b)[..., None] / a.shape[-1],
+        lambda: (a * b).mean(-1, keepdims=True),
+    )

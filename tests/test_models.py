@@ -540,11 +540,13 @@ def test_the_reference_is_timed_beside_torch(tmp_path, capsys):
         ["--layers", "1", "--tokens", "3", "--rounds", "1", "--width", "24", "--out", str(out)]
     )
     found = json.loads(out.read_text())
-    assert found["times_s"].keys() == {"reference", "torch"}
-    for direction, ratio in found["ratio"].items():
-        ours, theirs = (found["median_s"][name][direction] for name in ("reference", "torch"))
-        assert ratio == ours / theirs > 0
-    assert "ratio" in capsys.readouterr().out
+    for which, many in (("first", 1), ("others", 3)):
+        assert found[which]["times_s"].keys() == {"reference", "torch"}
+        assert {len(s) for of in found[which]["times_s"].values() for s in of.values()} == {many}
+        for direction, ratio in found[which]["ratio"].items():
+            ours, theirs = (found[which]["median_s"][n][direction] for n in ("reference", "torch"))
+            assert ratio == ours / theirs > 0
+    assert capsys.readouterr().out.count("ratio") == 4
 
 
 def test_nothing_is_timed_that_disagrees(monkeypatch):

@@ -184,15 +184,20 @@ def _speed(ops):
 
 
 def _model_speed(record):
-    shape, seconds, ratio = record["shape"], record["median_s"], record["ratio"]
+    shape, others = record["shape"], record["others"]
     rows = [
-        [name, *(f"{seconds[of][d]:.2f}" for of in ("reference", "torch")), f"{ratio[d]:.2f}"]
+        [
+            f"{name}{after}",
+            *(f"{record[which]['median_s'][of][d]:.2f}" for of in ("reference", "torch")),
+            f"{record[which]['ratio'][d]:.2f}",
+        ]
+        for which, after in (("others", ""), ("first", ", first of a turn"))
         for d, name in (("fwd", "forward"), ("bwd", "backward"))
     ]
     setting = record["NUMPY_MADVISE_HUGEPAGE"]
     return (
         f"{record['parameters']:,} parameters, {shape['n_layer']} layers, 1 × {shape['tokens']} "
-        f"tokens, {record['cores']} cores, medians of {len(record['times_s']['torch']['fwd'])}"
+        f"tokens, {record['cores']} cores, medians of {len(others['times_s']['torch']['fwd'])}"
         + (f", NUMPY_MADVISE_HUGEPAGE={setting}" if setting else "")
         + ":\n\n"
         + _table(["", "reference, s", "torch, s", "ratio"], rows)
