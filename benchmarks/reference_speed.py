@@ -75,7 +75,7 @@ _IN_A_ROW = 4
 
 
 def measure(config, tokens, rounds):
-    """{"reference" or "torch": {"fwd" or "bwd": seconds}}, of first evaluations and of the others."""
+    """{"reference" or "torch": {"fwd" or "bwd": seconds}}, of first evaluations, of others."""
     rng = np.random.default_rng(0)
     weights = {
         key: 0.02 * rng.standard_normal(shape) + (".ln_" in f".{key}" and key.endswith("weight"))
