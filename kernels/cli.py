@@ -1,6 +1,5 @@
 """`gaugeblock inspect` and `gaugeblock tune`."""
 
-from collections import Counter
 from pathlib import Path
 
 import typer
@@ -8,53 +7,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .sass import place
+from .inspect.cli import inspect
 
 app = typer.Typer()
-
-
-@app.command()
-def inspect(
-    ops: list[str] = typer.Argument(
-        None, help="Ops of the catalog, all by default; or one kernel of yours, module:function."
-    ),
-    target: list[str] = typer.Option(
-        ["sm_90"], help="sm_80, sm_90, sm_100 or gfx942; several stand side by side."
-    ),
-    dtype: str = typer.Option("bfloat16", help="float32, float16 or bfloat16, for ops."),
-    case: list[str] = typer.Option(None, help="Only these cases of the ops."),
-    signature: str = typer.Option(
-        None, help='For your kernel: types of its parameters in order, "*bf16:16,i32,fp32".'
-    ),
-    constexpr: list[str] = typer.Option(None, help="For your kernel: NAME=VALUE."),
-    num_warps: int = typer.Option(None, help="For your kernel."),
-    num_stages: int = typer.Option(None, help="For your kernel."),
-    json: Path = typer.Option(None, help="Write the rows here as JSON."),
-):
-    """Compile kernels for a GPU that need not be there, and read what the compiler made.
-
-    Exit 1 when a kernel does not compile, spills registers in a loop, needs more shared memory than
-    the chip has or runs its products beside the matrix units.
-    """
-    from .inspect import inspect as run
-    from .inspect import inspect_kernel, save
-
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    _expect_together(ops or (), {"signature": signature, "constexpr": constexpr, **options}, case)
-    if signature is not None:
-        constants = dict(_constant(text) for text in constexpr or ())
-        parts = [inspect_kernel(ops[0], signature, constants, target=t, **options) for t in target]
-    else:
-        parts = [run(ops or (), t, dtype, case or ()) for t in target]
-    rows = [row for part in parts for row in part]
-    if json:
-        save(rows, json)
-    console = Console()
-    # where lines may be as long as they like, none is broken
-    console = console if console.is_terminal else Console(width=250)
-    console.print(_figures(parts, target))
-    console.print(_mix(rows, parts))
-    raise typer.Exit(0 if all(row["passed"] for row in rows) else 1)
+app.command()(inspect)
 
 
 @app.command()
@@ -148,92 +104,3 @@ def _outcomes(outcomes):
         launch = " ".join(f"{k}={v}" for k, v in outcome["configuration"].items())
         table.add_row(_row_name(outcome["key"]), *times, escape(outcome["reason"] or launch))
     return table
-
-
-def _expect_together(ops, own, case):
-    """A user's kernel stands alone with its signature; ops have cases and none of its options."""
-    mine = [name for name in ops if ":" in name]
-    if mine and (len(ops) > 1 or own["signature"] is None):
-        raise ValueError(f"inspect: {mine[0]} must come alone, with its --signature")
-    if mine and case:
-        raise ValueError(f"inspect: --case goes with ops of the catalog, got {mine[0]}")
-    for name, given in own.items():
-        if given not in (None, []) and not mine:
-            option = name.replace("_", "-")
-            raise ValueError(f"inspect: --{option} goes with a kernel module:function, got none")
-
-
-def _constant(text):
-    """(name, value) of NAME=VALUE."""
-    from .user_kernel import constant
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"inspect: constexpr must be NAME=VALUE, got {text!r}")
-    return name, constant(value)
-
-
-_FIGURES = {
-    "registers": lambda row: _text(row["registers"]),
-    "spills": lambda row: _text(row["spills"]),
-    "shared": lambda row: _text(row["shared_bytes"]),
-    "programs": lambda row: _text((row["occupancy"] or {}).get("programs")),
-    "occupancy": lambda row: f"{100 * row['occupancy']['share']:.3g}%" if row["occupancy"] else "–",
-    "limited by": lambda row: (row["occupancy"] or {}).get("limiter", "–"),
-}
-
-
-def _figures(parts, targets):
-    """One line a launch; the same figure of several targets stands side by side."""
-    table = Table("kernel", "case", "tile", *_FIGURES, "", title=" / ".join(targets))
-    for launch in _side_by_side(parts):
-        first = next(row for row in launch if row)
-        failed = [f"{r['target']} {r['reason']}" for r in launch if r and not r["passed"]]
-        table.add_row(
-            first["kernel"].strip("_"),
-            first["case"] if first["dtype"] else "",
-            _tile(first["config"]),
-            *(
-                " / ".join(show(row) if row else "–" for row in launch)
-                for show in _FIGURES.values()
-            ),
-            f"[bold red]{escape('; '.join(failed))}[/]",
-        )
-    return table
-
-
-def _side_by_side(parts):
-    """[the rows of one launch, by target], None where a target has no such launch."""
-    launches = {}
-    for number, rows in enumerate(parts):
-        met = Counter()
-        for row in rows:
-            name = row["op"], row["case"], row["kernel"]
-            met[name] += 1
-            launches.setdefault((*name, met[name]), [None] * len(parts))[number] = row
-    return list(launches.values())
-
-
-def _mix(rows, parts):
-    """Counts of instructions; the targets of a launch stand one above the other."""
-    names = sorted({name: None for row in rows for name in row["instructions"]}, key=place)
-    table = Table("kernel", "case", "tile", "target", *(name.replace(".", "\n.") for name in names))
-    for row in (row for launch in _side_by_side(parts) for row in launch if row):
-        table.add_row(
-            row["kernel"].strip("_"),
-            row["case"] if row["dtype"] else "",
-            _tile(row["config"]),
-            row["target"],
-            *(_text(row["instructions"].get(name, "")) for name in names),
-        )
-    return table
-
-
-def _tile(config):
-    sizes = "×".join(str(v) for k, v in config.items() if k.startswith("BLOCK"))
-    note = config.get("EPILOGUE", "")
-    return f"{sizes} {note}".strip()
-
-
-def _text(value):
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else value

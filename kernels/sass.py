@@ -8,9 +8,12 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from .inspect.bounds import bounds
+from .inspect.listing import parse
 from .occupancy import CHIPS, occupancy
 
 # products of tiles on the matrix units
@@ -24,11 +27,7 @@ _COUNTED = (
     *MATRIX, *TMA, "FFMA", "FFMA2", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "STSM",
     "BAR", "LDL", "STL",
 )  # fmt: skip
-# a line of nvdisasm: address, predicate, mnemonic, operands
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)(.*)")
 _WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
-_LABEL = re.compile(r"\s*(\.L_\w+):")
-_JUMP = re.compile(r"`\((\.L_\w+)\)")
 # a product of tiles in Triton's first representation: its options, rows and type
 _PRODUCT = re.compile(r"tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)>")
 # Bytes that may wait on the stack from before a loop until after it: four registers, each stored
@@ -40,16 +39,17 @@ def read_artefact(compiled, target, *, wide_offsets=False):
     """What the compiler made, and the verdict on it.
 
     -> {"target", "triton", "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy",
-    "instructions", "narrow_offsets", "passed", "reason"}. Registers, spills and occupancy are None
-    on AMD chips. wide_offsets: an address computed in 32 bits fails the kernel.
+    "threads", "instructions", "bounds", "narrow_offsets", "passed", "reason"}. Registers, spills,
+    occupancy, threads and bounds are None on AMD chips; bounds, too, where warps differ in what
+    they run. wide_offsets: an address computed in 32 bits fails the kernel.
     """
     row = {
         "target": target, "triton": compiled.metadata.triton_version, "registers": None,
         "spills": None, "spills_in_loops": None, "shared_bytes": compiled.metadata.shared,
-        "occupancy": None,
+        "occupancy": None, "threads": None,
     }  # fmt: skip
     if "cubin" in compiled.asm:
-        usage, code = _disassemble(compiled.asm["cubin"])
+        usage, code = disassemble(compiled.asm["cubin"])
         own = re.search(rf"Function {compiled.metadata.name}:\s+REG:(\d+) STACK:(\d+)", usage)
         row["registers"] = int(own[1])
         row["instructions"] = instruction_mix(code)
@@ -59,13 +59,17 @@ def read_artefact(compiled, target, *, wide_offsets=False):
         row["spills_in_loops"] = spills_in_loops(code)
         # warps beside num_warps (warp specialisation) are in the PTX alone; of the shared memory
         # that cuobjdump reports, 1,024 bytes on sm_90, all is the system's
-        threads = int(re.search(r"\.(?:req|max)ntid (\d+)", compiled.asm["ptx"])[1])
+        row["threads"] = int(re.search(r"\.(?:req|max)ntid (\d+)", compiled.asm["ptx"])[1])
         row["occupancy"] = occupancy(
-            target, row["registers"], row["shared_bytes"], threads, compiled.metadata.tmem_size
-        )
+            target, row["registers"], row["shared_bytes"], row["threads"],
+            compiled.metadata.tmem_size,
+        )  # fmt: skip
+        warps = compiled.metadata.num_warps
+        row["bounds"] = bounds(code, target, warps) if row["threads"] == 32 * warps else None
     else:
         products = compiled.asm["amdgcn"].count("v_mfma")
         row["instructions"] = {"v_mfma": products} if products else {}
+        row["bounds"] = None
     # Gluon's kernels have no first representation to follow
     ttir = compiled.asm.get("ttir")
     row["narrow_offsets"] = None if ttir is None else narrow_offsets(ttir)
@@ -95,8 +99,9 @@ def _reasons(row, ttir, warps):
     return reasons
 
 
-def _disassemble(cubin):
-    """(resource usage, SASS) as cuobjdump and nvdisasm print them."""
+@lru_cache(maxsize=4)
+def disassemble(cubin):
+    """(resource usage, SASS with the lines it is of) as cuobjdump and nvdisasm print them."""
     tool = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -105,7 +110,10 @@ def _disassemble(cubin):
             subprocess.run(
                 [tool / program, *flags, path], capture_output=True, text=True, check=True
             ).stdout
-            for program, *flags in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+            for program, *flags in (
+                ("cuobjdump", "--dump-resource-usage"),
+                ("nvdisasm", "-c", "-g"),
+            )
         )
 
 
@@ -115,7 +123,7 @@ def instruction_mix(code):
     Global loads and stores are counted by the bits that each thread moves (LDG.128), MUFU by its
     function (MUFU.EX2), the others by their first word.
     """
-    counts = Counter(map(_name, (m[1] for m in _INSTRUCTION.finditer(code))))
+    counts = Counter(_name(instruction.mnemonic) for instruction in parse(code).instructions)
     counts.pop(None, None)
     return {name: counts[name] for name in sorted(counts, key=place)}
 
@@ -141,17 +149,12 @@ def _word(name):
 
 def spills_in_loops(code):
     """How many loads and stores of the stack stand between a label and a jump back to it."""
-    labels, spills, loops = {}, [], []
-    for number, line in enumerate(code.splitlines()):
-        if label := _LABEL.match(line):
-            labels[label[1]] = number
-        elif instruction := _INSTRUCTION.search(line):
-            if _word(instruction[1]) in ("LDL", "STL"):
-                spills.append(number)
-            # a label that is known already stands above
-            if (jump := _JUMP.search(instruction[2])) and jump[1] in labels:
-                loops.append((labels[jump[1]], number))
-    return sum(any(first < spill < last for first, last in loops) for spill in spills)
+    listing = parse(code)
+    return sum(
+        any(first <= number <= last for first, last in listing.spans)
+        for number, instruction in enumerate(listing.instructions)
+        if instruction.word in ("LDL", "STL")
+    )
 
 
 def products(ttir, target, warps):

@@ -9,7 +9,7 @@ from tests.helpers import gaugeblock, python
 
 KEYS = {"op", "case", "dtype", "kernel", "config", "target", "triton", "registers", "spills",
         "spills_in_loops", "shared_bytes", "occupancy", "instructions", "narrow_offsets", "passed",
-        "reason"}  # fmt: skip
+        "reason", "source", "threads", "bounds"}  # fmt: skip
 KERNELS = [name for name, op in CATALOG.items() if op.kernel is None]
 FIRST = {
     name: next(
@@ -67,7 +67,7 @@ def test_attention_compiles_for_other_chips(tmp_path, target, dtype, instruction
 def test_sizes_of_one_compile():
     """Triton turns an argument of 1 into a constant, which the interpreter does not."""
     script = (
-        "import gaugeblock.kernels.inspect as inspect\n"
+        "import gaugeblock.kernels.inspect.compiling as inspect\n"
         "from gaugeblock.reference.catalog import CATALOG\n"
         "from gaugeblock.reference.oracle import Case\n"
         "for name, op in CATALOG.items():\n"
@@ -329,7 +329,7 @@ def test_a_kernel_of_the_catalog_that_fails_is_a_row(tmp_path):
     script = (
         "import torch, triton.language as tl\n"
         "from torch._subclasses.fake_tensor import FakeTensorMode\n"
-        "from gaugeblock.kernels import inspect\n"
+        "from gaugeblock.kernels.inspect import compiling as inspect\n"
         "from mine import broken_kernel, matrix_kernel\n"
         "with FakeTensorMode(), inspect._compiling(inspect.TARGETS['sm_90']) as kept:\n"
         "    x = torch.empty(64, 64, dtype=torch.bfloat16, device='cuda')\n"

@@ -201,7 +201,8 @@ def test_a_modules_candidates_are_of_its_table(op):
 
 AHEAD = """
 import torch, triton
-from gaugeblock.kernels import _configurations, inspect, tune
+from gaugeblock.kernels import _configurations, tune
+from gaugeblock.kernels.inspect import compiling as inspect
 from gaugeblock.kernels.candidates import attention
 
 compiled, launched = [], []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,10 @@ from gaugeblock.reference.catalog import CATALOG, find
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from . import user_kernel
-from ._launch import INTERPRETED
-from .sass import read_artefact
+from .. import user_kernel
+from .._launch import INTERPRETED
+from ..sass import read_artefact
+from .listing import shown
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -66,22 +68,31 @@ class _Driver:
         return SimpleNamespace(current_device=lambda: 0, synchronize=lambda: None)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A row, and Triton's compiled kernel that it was read from, or the error in its place."""
+
+    row: dict
+    compiled: object
+
+
 @contextlib.contextmanager
-def _compiling(target):
+def _compiling(target, change=dict):
     """Inside, every kernel launch is compiled for `target` and kept; yields the list of them.
 
-    What does not compile is kept as its error.
+    What does not compile is kept as its error. change: launch options -> those to compile with.
     """
     kept = []
     run = triton.runtime.JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **options):
+        options = change(options)
         try:
             compiled = run(kernel, *args, grid=grid, warmup=True, **options)
         except Exception as error:
             compiled = error
         config = {k: v for k, v in options.items() if isinstance(v, (int, bool, str))}
-        kept.append((kernel.fn.__name__, config, compiled))
+        kept.append((kernel, config, compiled))
         return compiled
 
     # the stand-in stays active afterwards: Triton has no driver to go back to without a GPU
@@ -104,33 +115,25 @@ def aot_cases(configurations=True):
     ]
 
 
+def known(ops, cases):
+    """Those of the ops and cases, by name, that there are: what another revision may lack."""
+    ops = [name for name in ops if name in CATALOG and CATALOG[name].kernel is None]
+    names = {case.name for op, case in aot_cases() if not ops or op.name in ops}
+    return ops, [name for name in cases if name in names]
+
+
 def inspect(ops=(), target="sm_90", dtype="bfloat16", cases=()):
     """Compile the catalog's "aot" cases of `ops` (all by default) for a target.
 
     cases: names of cases; all "aot" ones by default.
-    Returns a list of {"op", "case", "dtype", "kernel", "config", "target", "triton", "registers",
-    "spills", "spills_in_loops", "shared_bytes", "occupancy", "instructions", "narrow_offsets",
-    "passed", "reason"}. A row passes when it compiles, does not spill, fits the chip's shared
-    memory, runs its products on the units that it should and computes its addresses in 64 bits.
+    Returns a list of {"op", "case", "dtype", "kernel", "source", "config", "target", "triton",
+    "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy", "threads",
+    "instructions", "bounds", "narrow_offsets", "passed", "reason"}. A row passes when it compiles,
+    does not spill, fits the chip's shared memory, runs its products on the units that it should and
+    computes its addresses in 64 bits.
     Raises ValueError for an unknown op, target or case, or where the interpreter is on.
     """
-    _expect("target", target, TARGETS)
-    _expect("dtype", dtype, _TORCH)
-    _expect_compiler()
-    chosen = [find(name) for name in ops] or [op for op in CATALOG.values() if op.kernel is None]
-    for op in chosen:
-        if op.kernel:
-            raise ValueError(f"inspect: {op.name} must have a kernel, got none ({op.kernel})")
-    known = [(op, case) for op, case in aot_cases() if op in chosen]
-    for name in cases:
-        _expect("case", name, dict.fromkeys(case.name for _, case in known))
-    return [
-        {"op": op.name, "case": case.name, "dtype": dtype, "kernel": name, "config": config}
-        | _read(compiled, target)
-        for op, case in known
-        if not cases or case.name in cases
-        for name, config, compiled in _launches(op, case, target, dtype)
-    ]
+    return [launch.row for launch in catalog_launches(ops, target, dtype, cases)]
 
 
 def inspect_kernel(
@@ -149,6 +152,40 @@ def inspect_kernel(
     and no dtype; addresses in 32 bits are counted and fail nothing.
     Raises ValueError for what cannot be found, does not fit or does not compile.
     """
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return [x.row for x in kernel_launches(kernel, signature, constants, target=target, **options)]
+
+
+def catalog_launches(ops=(), target="sm_90", dtype="bfloat16", cases=(), change=dict):
+    """The Launches of `inspect`. change: launch options -> those to compile with."""
+    _expect("target", target, TARGETS)
+    _expect("dtype", dtype, _TORCH)
+    _expect_compiler()
+    chosen = [find(name) for name in ops] or [op for op in CATALOG.values() if op.kernel is None]
+    for op in chosen:
+        if op.kernel:
+            raise ValueError(f"inspect: {op.name} must have a kernel, got none ({op.kernel})")
+    known = [(op, case) for op, case in aot_cases() if op in chosen]
+    for name in cases:
+        _expect("case", name, dict.fromkeys(case.name for _, case in known))
+    return [
+        Launch(
+            {"op": op.name, "case": case.name, "dtype": dtype, "kernel": kernel.fn.__name__}
+            | {"source": _source(kernel), "config": config}
+            | _read(compiled, target),
+            compiled,
+        )
+        for op, case in known
+        if not cases or case.name in cases
+        for kernel, config, compiled in _launches(op, case, target, dtype, change)
+    ]
+
+
+def kernel_launches(
+    kernel, signature, constants=None, *, target="sm_90", num_warps=None, num_stages=None,
+    change=dict,
+):  # fmt: skip
+    """The Launches of `inspect_kernel`. change: launch options -> those to compile with."""
     _expect("target", target, TARGETS)
     _expect_compiler()
     if isinstance(kernel, str):
@@ -160,23 +197,27 @@ def inspect_kernel(
     triton.runtime.driver.set_active(_Driver(TARGETS[target]))
     options = {"num_warps": num_warps, "num_stages": num_stages}
     options = {k: v for k, v in options.items() if v is not None}
-    rows = []
+    launches = []
     for source, fixed, launch in user_kernel.variants(
         kernel, configs, signature, constants or {}, options
     ):
         try:
-            compiled = triton.compile(source, target=TARGETS[target], options=launch)
+            compiled = triton.compile(source, target=TARGETS[target], options=change(launch))
         except Exception as error:
             said = user_kernel.explain(error)
             raise ValueError(f"inspect: {name} does not compile for {target}: {said}") from None
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in fixed.items()}
         config |= {k: getattr(compiled.metadata, k) for k in ("num_warps", "num_stages")}
-        rows.append(
-            {"op": name, "case": signature, "dtype": None, "kernel": kernel.__name__}
-            | {"config": config}
-            | read_artefact(compiled, target)
-        )
-    return rows
+        row = {"op": name, "case": signature, "dtype": None, "kernel": kernel.__name__}
+        row |= {"source": _source(kernel), "config": config} | read_artefact(compiled, target)
+        launches.append(Launch(row, compiled))
+    return launches
+
+
+def _source(kernel):
+    """Where a kernel begins, "file:line"."""
+    code = kernel.fn.__code__
+    return f"{shown(code.co_filename)}:{code.co_firstlineno}"
 
 
 def _expect(what, value, choices):
@@ -189,11 +230,11 @@ def _expect_compiler():
         raise ValueError("inspect: TRITON_INTERPRET must be off, got 1; unset it")
 
 
-def _launches(op, case, target, dtype):
-    """(kernel name, configuration, compiled kernel) of one forward and backward call."""
+def _launches(op, case, target, dtype, change=dict):
+    """(kernel, configuration, compiled kernel) of one forward and backward call."""
     dims = op.dims(case)
-    module = import_module(f"._{op.name}", __package__)
-    with FakeTensorMode(), _compiling(TARGETS[target]) as kept:
+    module = import_module(f".._{op.name}", __package__)
+    with FakeTensorMode(), _compiling(TARGETS[target], change) as kept:
         inputs = [
             torch.empty(
                 op.shape(op.spec(case, name), dims),
@@ -215,7 +256,9 @@ def _read(compiled, target):
     """The artefact's part of a row; a kernel that did not compile has nothing but its reason."""
     if not isinstance(compiled, Exception):
         return read_artefact(compiled, target, wide_offsets=True)
-    unknown = ("registers", "spills", "spills_in_loops", "shared_bytes", "occupancy")
+    unknown = (
+        "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy", "threads", "bounds",
+    )  # fmt: skip
     return (
         {"target": target, "triton": triton.__version__}
         | dict.fromkeys(unknown)

@@ -1,0 +1,60 @@
+"""`gaugeblock inspect`."""
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def inspect(
+    ops: list[str] = typer.Argument(
+        None, help="Ops of the catalog, all by default; or one kernel of yours, module:function."
+    ),
+    target: list[str] = typer.Option(
+        ["sm_90"], help="sm_80, sm_90, sm_100 or gfx942; several stand side by side."
+    ),
+    dtype: str = typer.Option("bfloat16", help="float32, float16 or bfloat16, for ops."),
+    case: list[str] = typer.Option(None, help="Only these cases of the ops."),
+    signature: str = typer.Option(
+        None, help='For your kernel: types of its parameters in order, "*bf16:16,i32,fp32".'
+    ),
+    constexpr: list[str] = typer.Option(None, help="For your kernel: NAME=VALUE."),
+    num_warps: int = typer.Option(None, help="For your kernel."),
+    num_stages: int = typer.Option(None, help="For your kernel."),
+    against: str = typer.Option(
+        None, help="A git revision: its launches, compiled in a worktree, beside those of now."
+    ),
+    json: Path = typer.Option(None, help="Write the rows here as JSON."),
+    markdown: Path = typer.Option(None, help="Write the tables here as Markdown."),
+):
+    """Compile kernels for a GPU that need not be there, and read what the compiler made.
+
+    Exit 1 when a kernel does not compile, spills registers in a loop, needs more shared memory than
+    the chip has or runs its products beside the matrix units.
+    """
+    from .run import Asked, run
+
+    asked = Asked(
+        ops=ops or [], targets=target, dtype=dtype, cases=case or [], signature=signature,
+        constexprs=constexpr or [], num_warps=num_warps, num_stages=num_stages, against=against,
+    )  # fmt: skip
+    _finish(run(asked), json, markdown)
+
+
+def _finish(found, json, markdown):
+    """Print, write, and exit with the verdict."""
+    if json:
+        found.save(json)
+    if markdown:
+        found.save_markdown(markdown)
+    console = Console()
+    # where lines may be as long as they like, none is broken
+    console = console if console.is_terminal else Console(width=250)
+    for table in found.tables:
+        shown = Table(*map(escape, table.head), title=escape(table.title))
+        for row in table.rows:
+            shown.add_row(*map(escape, row))
+        console.print(shown)
+    raise typer.Exit(0 if found.passed else 1)

@@ -1,0 +1,106 @@
+"""What `gaugeblock inspect` was asked for, and what it found: rows, tables, a verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import user_kernel
+from . import tables
+from .against import differences, rows_at
+from .compiling import catalog_launches, kernel_launches
+
+
+@dataclass
+class Asked:
+    """The command line's words. ValueError for words that do not go together."""
+
+    ops: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=lambda: ["sm_90"])
+    dtype: str = "bfloat16"
+    cases: list[str] = field(default_factory=list)
+    signature: str | None = None
+    constexprs: list[str] = field(default_factory=list)
+    num_warps: int | None = None
+    num_stages: int | None = None
+    against: str | None = None
+
+    def __post_init__(self):
+        mine = [name for name in self.ops if ":" in name]
+        if mine and (len(self.ops) > 1 or self.signature is None):
+            raise ValueError(f"inspect: {mine[0]} must come alone, with its --signature")
+        if mine and self.cases:
+            raise ValueError(f"inspect: --case goes with ops of the catalog, got {mine[0]}")
+        for name in ("signature", "constexprs", "num_warps", "num_stages"):
+            if getattr(self, name) not in (None, []) and not mine:
+                option = name.removesuffix("s") if name == "constexprs" else name.replace("_", "-")
+                raise ValueError(
+                    f"inspect: --{option} goes with a kernel module:function, got none"
+                )
+        self.kernel = mine[0] if mine else None
+        self.constants = dict(map(_named, self.constexprs))
+
+    def launches(self, target, change=dict):
+        """Everything that is asked for, compiled for a target."""
+        if self.kernel is None:
+            return catalog_launches(self.ops, target, self.dtype, self.cases, change)
+        constants = {k: user_kernel.constant(v) for k, v in self.constants.items()}
+        return kernel_launches(
+            self.kernel, self.signature, constants, target=target, change=change,
+            num_warps=self.num_warps, num_stages=self.num_stages,
+        )  # fmt: skip
+
+    def elsewhere(self):
+        """What `rows_at` is told."""
+        if self.kernel is None:
+            return {"targets": self.targets, "dtype": self.dtype, "ops": self.ops,
+                    "cases": self.cases}  # fmt: skip
+        return {"targets": self.targets, "kernel": self.kernel, "signature": self.signature,
+                "constexprs": self.constants, "num_warps": self.num_warps,
+                "num_stages": self.num_stages}  # fmt: skip
+
+
+def _named(text):
+    """(name, value) of NAME=VALUE, both as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"inspect: constexpr must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+@dataclass
+class Found:
+    """The tables to show, what goes into a JSON file, and whether all is well."""
+
+    tables: list
+    data: object
+    passed: bool
+
+    def save(self, path):
+        _write(path, json.dumps(self.data, indent=1) + "\n")
+
+    def save_markdown(self, path):
+        _write(path, "\n".join(table.markdown() for table in self.tables if table.rows))
+
+
+def _write(path, text):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def run(asked):
+    """Compile what is asked for, and read it."""
+    launches = [asked.launches(target) for target in asked.targets]
+    parts = [[launch.row for launch in part] for part in launches]
+    rows = [row for part in parts for row in part]
+    shown = [tables.figures(parts, asked.targets), tables.mix(parts), tables.bounds(parts)]
+    data = rows
+    if asked.against is not None:
+        commit, before = rows_at(asked.against, asked.elsewhere())
+        found = differences(rows, before)
+        shown.append(tables.differences(found, asked.against))
+        data = {"against": asked.against, "commit": commit, "rows": rows, "before": before,
+                "differences": found}  # fmt: skip
+    return Found(shown, data, all(row["passed"] for row in rows))
