@@ -23,7 +23,8 @@ MATRIX = (
 )  # fmt: skip
 # bulk copies by the tensor memory accelerator
 TMA = ("UTMALDG", "UTMASTG", "UTMAREDG")
-_COUNTED = (
+# what instruction_mix counts
+COUNTED = (
     *MATRIX, *TMA, "FFMA", "FFMA2", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "STSM",
     "BAR", "LDL", "STL",
 )  # fmt: skip
@@ -130,12 +131,12 @@ def instruction_mix(code):
 
 def place(name):
     """Where an instruction stands in a list: products first, then arithmetic, memory, the stack."""
-    return _COUNTED.index(_word(name)), name
+    return COUNTED.index(_word(name)), name
 
 
 def _name(mnemonic):
     word, *modifiers = mnemonic.split(".")
-    if word not in _COUNTED:
+    if word not in COUNTED:
         return None
     if word in ("LDG", "STG"):
         widths = [m[1] for m in map(_WIDTH.fullmatch, modifiers) if m]

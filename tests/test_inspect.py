@@ -94,6 +94,10 @@ REFUSED = {
     "ffn mine:kernel --signature i32": "mine:kernel must come alone, with its --signature",
     "mine:kernel --signature i32 --case odd": "--case goes with ops of the catalog",
     "mine:kernel --signature i32 --constexpr N": "constexpr must be NAME=VALUE, got 'N'",
+    "ffn --update": "--update goes with --gate FILE, got none",
+    "ffn --gate g.toml": "--gate names its own kernels, got ops beside it",
+    "--gate g.toml --against HEAD": "--gate names its own kernels, got against beside it",
+    "--gate nowhere.toml": "No such file",
     "nowhere.at_all:kernel --signature i32": "nowhere.at_all must import, it does not: Module",
     "failing:kernel --signature i32": "failing must import, it does not: RuntimeError: no GPU",
 }

@@ -13,7 +13,8 @@ def inspect(
         None, help="Ops of the catalog, all by default; or one kernel of yours, module:function."
     ),
     target: list[str] = typer.Option(
-        ["sm_90"], help="sm_80, sm_90, sm_100 or gfx942; several stand side by side."
+        None,
+        help="sm_80, sm_90 (the default), sm_100 or gfx942; several stand side by side.",
     ),
     dtype: str = typer.Option("bfloat16", help="float32, float16 or bfloat16, for ops."),
     case: list[str] = typer.Option(None, help="Only these cases of the ops."),
@@ -26,21 +27,37 @@ def inspect(
     against: str = typer.Option(
         None, help="A git revision: its launches, compiled in a worktree, beside those of now."
     ),
+    gate: Path = typer.Option(
+        None, help="A TOML or JSON file of your kernels and their limits, instead of all the above."
+    ),
+    update: bool = typer.Option(
+        False, "--update", help="With --gate: write the present figures as limits."
+    ),
     json: Path = typer.Option(None, help="Write the rows here as JSON."),
     markdown: Path = typer.Option(None, help="Write the tables here as Markdown."),
 ):
     """Compile kernels for a GPU that need not be there, and read what the compiler made.
 
     Exit 1 when a kernel does not compile, spills registers in a loop, needs more shared memory than
-    the chip has or runs its products beside the matrix units.
+    the chip has or runs its products beside the matrix units; with --gate, when one is over a limit
+    of the file.
     """
-    from .run import Asked, run
+    from .run import Asked, hold, run
 
-    asked = Asked(
-        ops=ops or [], targets=target, dtype=dtype, cases=case or [], signature=signature,
-        constexprs=constexpr or [], num_warps=num_warps, num_stages=num_stages, against=against,
-    )  # fmt: skip
-    _finish(run(asked), json, markdown)
+    if update and not gate:
+        raise ValueError("inspect: --update goes with --gate FILE, got none")
+    words = {
+        "ops": ops, "targets": target, "cases": case, "signature": signature,
+        "constexprs": constexpr, "num_warps": num_warps, "num_stages": num_stages,
+        "against": against,
+    }  # fmt: skip
+    words = {name: given for name, given in words.items() if given not in (None, [])}
+    if gate and words:
+        raise ValueError(
+            f"inspect: --gate names its own kernels, got {next(iter(words))} beside it"
+        )
+    found = hold(gate, renew=update) if gate else run(Asked(**words, dtype=dtype))
+    _finish(found, json, markdown)
 
 
 def _finish(found, json, markdown):

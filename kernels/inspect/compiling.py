@@ -68,6 +68,10 @@ class _Driver:
         return SimpleNamespace(current_device=lambda: 0, synchronize=lambda: None)
 
 
+class DoesNotCompile(ValueError):
+    """A user's kernel that was found, and that the compiler refuses."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """A row, and Triton's compiled kernel that it was read from, or the error in its place."""
@@ -205,7 +209,7 @@ def kernel_launches(
             compiled = triton.compile(source, target=TARGETS[target], options=change(launch))
         except Exception as error:
             said = user_kernel.explain(error)
-            raise ValueError(f"inspect: {name} does not compile for {target}: {said}") from None
+            raise DoesNotCompile(f"inspect: {name} does not compile for {target}: {said}") from None
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in fixed.items()}
         config |= {k: getattr(compiled.metadata, k) for k in ("num_warps", "num_stages")}
         row = {"op": name, "case": signature, "dtype": None, "kernel": kernel.__name__}

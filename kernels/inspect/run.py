@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import user_kernel
-from . import tables
+from . import gate, gate_file, tables
 from .against import differences, rows_at
 from .compiling import catalog_launches, kernel_launches
 
@@ -104,3 +104,17 @@ def run(asked):
         data = {"against": asked.against, "commit": commit, "rows": rows, "before": before,
                 "differences": found}  # fmt: skip
     return Found(shown, data, all(row["passed"] for row in rows))
+
+
+def hold(path, renew=False):
+    """What a gate file says of the kernels that it lists; renew: write it anew."""
+    entries = gate_file.read(path)
+    found, table = gate.check(entries)
+    if renew:
+        gate.update(path, entries, found)
+        found, table = gate.check(gate_file.read(path))
+    launches = [x for *_, launches, _ in found for x in launches]
+    rows = [x.row | {"over": reasons} for *_, xs, reasons in found for x in xs]
+    parts = [[x.row for x in launches]]
+    shown = [table, tables.mix(parts), tables.bounds(parts)]
+    return Found(shown, rows, not any(reasons for *_, reasons in found))

@@ -131,7 +131,11 @@ def _shown(key, value):
 
 def name(row):
     """(kernel, case, tile) of a row; a user's signature is no case's name."""
-    return row["kernel"].strip("_"), row["case"] if row["dtype"] else "", tile(row["config"])
+    kernel = row["kernel"].strip("_")
+    if row["dtype"]:
+        return kernel, row["case"], tile(row["config"])
+    fixed = (f"{k}={v}" for k, v in row["config"].items() if k not in ("num_warps", "num_stages"))
+    return kernel, "", tile(row["config"]) or " ".join(fixed)
 
 
 def tile(config):

@@ -1,0 +1,97 @@
+"""Kernels held against the limits of a user's file, and the file brought up to date.
+
+Every configuration of an autotuner has to keep the limits.
+"""
+
+from __future__ import annotations
+
+from . import gate_file
+from .compiling import DoesNotCompile
+from .gate_file import FIGURES, INSTRUCTIONS
+from .tables import Table, name, percent, text
+
+
+def check(entries):
+    """([(entry, target, Launches, [what is over its limit])], the Table of it).
+
+    A kernel that does not compile has no launches and one reason.
+    """
+    found = []
+    for entry in entries:
+        for target in entry.targets:
+            try:
+                launches = entry.launches(target)
+            except DoesNotCompile as error:
+                found.append((entry, target, [], [str(error).removeprefix("inspect: ")]))
+                continue
+            limits = entry.limits(target)
+            over = [_over(launch.row, limits) for launch in launches]
+            found += [(entry, target, [x], reasons) for x, reasons in zip(launches, over)]
+    return found, _table(found)
+
+
+def _over(row, limits):
+    """What a row has more of than its limits allow, or less."""
+    figures, reasons = present(row), []
+    for key, worst in FIGURES.items():
+        if key in limits and worst(figures[key], limits[key]) != limits[key]:
+            said, word = (percent, "at least") if key == "occupancy" else (text, "at most")
+            reasons.append(f"{key} {said(figures[key])}, {word} {said(limits[key])}")
+    there = {name for full in row["instructions"] for name in (full, full.split(".")[0])}
+    reasons += [f"{name} must be there" for name in limits.get("must", ()) if name not in there]
+    return reasons + [
+        f"{name} must not be there" for name in limits.get("must_not", ()) if name in there
+    ]
+
+
+def present(row):
+    """{figure: its value} of a row, None where the chip does not tell."""
+    held = row["occupancy"]
+    return {k: row[k] for k in FIGURES} | {"occupancy": held["share"] if held else None}
+
+
+def _table(found):
+    rows = []
+    for entry, target, launches, reasons in found:
+        limits = entry.limits(target)
+        if not launches:
+            rows.append((entry.table["kernel"], "", target, *["–"] * len(FIGURES), reasons[0]))
+        for launch in launches:
+            figures = present(launch.row)
+            cells = [
+                (percent if key == "occupancy" else text)(figures[key])
+                + (f" of {(percent if key == 'occupancy' else text)(limits[key])}"
+                   if key in limits else "")
+                for key in FIGURES
+            ]  # fmt: skip
+            rows.append((entry.table["kernel"], name(launch.row)[2], target, *cells,
+                         "; ".join(reasons)))  # fmt: skip
+    broken = sum(bool(reasons) for *_, reasons in found)
+    title = f"{len(found)} launches, {broken} over a limit; a figure of its limit"
+    return Table(title, ("kernel", "tile", "target", *FIGURES, "over"), rows)
+
+
+def update(path, entries, found):
+    """Write the file anew, with the present figures as limits.
+
+    What must and must not be there stays as it was, and so does a comment at the head of the file.
+    Raises ValueError where a kernel does not compile, and leaves the file alone.
+    """
+    for _, target, launches, reasons in found:
+        if not launches:
+            raise ValueError(f"inspect: --update needs figures of {target}: {reasons[0]}")
+    tables = []
+    for entry in entries:
+        limits = entry.table.get("limits", {})
+        kept = {k: v for k, v in limits.items() if k in INSTRUCTIONS}
+        for target in entry.targets:
+            rows = [x.row for e, t, xs, _ in found if (e, t) == (entry, target) for x in xs]
+            figures = {
+                key: worst(present(row)[key] for row in rows)
+                for key, worst in FIGURES.items()
+                if present(rows[0])[key] is not None
+            }
+            own = {k: v for k, v in limits.get(target, {}).items() if k in INSTRUCTIONS}
+            kept[target] = figures | own
+        tables.append(entry.table | {"limits": kept})
+    gate_file.write(path, tables)
