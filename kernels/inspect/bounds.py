@@ -63,7 +63,7 @@ def bounds(code, target, warps):
     pass does, {"flop": of tiles, "exponentials", "read_bytes": from global memory}.
     """
     listing = parse(code)
-    pieces = [("loop", numbers) for numbers in listing.inner_loops(_works)]
+    pieces = [("loop", numbers) for numbers in listing.inner_loops(pipe)]
     pieces.append(("kernel", range(len(listing.instructions))))
     return [
         _bound(name, [listing.instructions[n] for n in numbers], RATES[target], warps)
@@ -71,9 +71,14 @@ def bounds(code, target, warps):
     ]
 
 
-def _works(instruction):
+def pipe(instruction):
+    """The pipe that an instruction is counted on, None where it is an issue slot alone."""
     word = instruction.word
-    return word in _FP32 or word in _MOVES or word == "MUFU" or _is_product(word)
+    if _is_product(word):
+        return "matrix"
+    if word == "MUFU":
+        return "exp"
+    return "fp32" if word in _FP32 else "load/store" if word in _MOVES else None
 
 
 def _is_product(word):
@@ -93,7 +98,7 @@ def _bound(name, code, rates, warps):
         "load/store": float(warps * moves),
         "issue": warps * len(code) / rates.issue,
     }
-    limit = max(PIPES, key=lambda pipe: cycles[pipe] or 0)
+    limit = max(PIPES, key=lambda name: cycles[name] or 0)
     return {
         "section": name,
         "source": _source(code),

@@ -33,6 +33,12 @@ def inspect(
     update: bool = typer.Option(
         False, "--update", help="With --gate: write the present figures as limits."
     ),
+    lines: bool = typer.Option(
+        False, "--lines", help="Say how many instructions come from each line of Python."
+    ),
+    save: Path = typer.Option(
+        None, help="A folder for TTIR, TTGIR, PTX and SASS with its Python lines, one a launch."
+    ),
     json: Path = typer.Option(None, help="Write the rows here as JSON."),
     markdown: Path = typer.Option(None, help="Write the tables here as Markdown."),
 ):
@@ -57,11 +63,15 @@ def inspect(
             f"inspect: --gate names its own kernels, got {next(iter(words))} beside it"
         )
     found = hold(gate, renew=update) if gate else run(Asked(**words, dtype=dtype))
-    _finish(found, json, markdown)
+    if lines:
+        found.by_line()
+    _finish(found, save, json, markdown)
 
 
-def _finish(found, json, markdown):
+def _finish(found, save, json, markdown):
     """Print, write, and exit with the verdict."""
+    if save:
+        found.save_artefacts(save)
     if json:
         found.save(json)
     if markdown:

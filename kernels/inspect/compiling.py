@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from .. import user_kernel
 from .._launch import INTERPRETED
-from ..sass import read_artefact
+from ..sass import disassemble, read_artefact
 from .listing import shown
 
 TARGETS = {
@@ -78,6 +78,12 @@ class Launch:
 
     row: dict
     compiled: object
+
+    @property
+    def code(self):
+        """Its SASS with the lines that it is of, None where there is none."""
+        asm = getattr(self.compiled, "asm", {})
+        return disassemble(asm["cubin"])[1] if "cubin" in asm else None
 
 
 @contextlib.contextmanager

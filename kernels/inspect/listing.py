@@ -113,8 +113,8 @@ def parse(text):
 
 
 @cache
-def shown(file):
-    """A source file as people name it: from the working folder, or from where Python found it.
+def located(file):
+    """The source file that an instruction's line is of.
 
     Triton's cache may hold code that was compiled from a copy elsewhere; the copy that this process
     has loaded is meant.
@@ -124,6 +124,13 @@ def shown(file):
     copies = [p for p in loaded if p.name == path.name]
     if copies and path not in copies:
         path = max(copies, key=lambda copy: _common_tail(copy, path))
+    return path
+
+
+@cache
+def shown(file):
+    """A source file as people name it: from the working folder, or from where Python found it."""
+    path = located(file)
     roots = [Path.cwd(), *sorted(map(Path, filter(None, sys.path)), key=lambda p: -len(p.parts))]
     return next((path.relative_to(r) for r in roots if path.is_relative_to(r)), path).as_posix()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import user_kernel
-from . import gate, gate_file, tables
+from . import gate, gate_file, lines, saved, tables
 from .against import differences, rows_at
 from .compiling import catalog_launches, kernel_launches
 
@@ -71,17 +71,30 @@ def _named(text):
 
 @dataclass
 class Found:
-    """The tables to show, what goes into a JSON file, and whether all is well."""
+    """The tables to show, what goes into a JSON file, whether all is well, and the Launches."""
 
     tables: list
     data: object
     passed: bool
+    launches: list
+
+    def by_line(self):
+        """Add what each line of Python costs."""
+        self.tables.append(lines.table(self.launches))
+        for launch in self.launches:
+            launch.row["lines"] = lines.cost(launch.code) if launch.code else None
 
     def save(self, path):
+        """Write the data as JSON."""
         _write(path, json.dumps(self.data, indent=1) + "\n")
 
     def save_markdown(self, path):
+        """Write the tables as Markdown."""
         _write(path, "\n".join(table.markdown() for table in self.tables if table.rows))
+
+    def save_artefacts(self, folder):
+        """Write what the compiler made, a folder a launch."""
+        saved.save(self.launches, folder)
 
 
 def _write(path, text):
@@ -103,7 +116,8 @@ def run(asked):
         shown.append(tables.differences(found, asked.against))
         data = {"against": asked.against, "commit": commit, "rows": rows, "before": before,
                 "differences": found}  # fmt: skip
-    return Found(shown, data, all(row["passed"] for row in rows))
+    launches = [x for part in launches for x in part]
+    return Found(shown, data, all(row["passed"] for row in rows), launches)
 
 
 def hold(path, renew=False):
@@ -113,8 +127,10 @@ def hold(path, renew=False):
     if renew:
         gate.update(path, entries, found)
         found, table = gate.check(gate_file.read(path))
-    launches = [x for *_, launches, _ in found for x in launches]
-    rows = [x.row | {"over": reasons} for *_, xs, reasons in found for x in xs]
-    parts = [[x.row for x in launches]]
-    shown = [table, tables.mix(parts), tables.bounds(parts)]
-    return Found(shown, rows, not any(reasons for *_, reasons in found))
+    launches = [x for *_, xs, _ in found for x in xs]
+    for *_, xs, reasons in found:
+        for launch in xs:
+            launch.row["over"] = reasons
+    rows = [launch.row for launch in launches]
+    shown = [table, tables.mix([rows]), tables.bounds([rows])]
+    return Found(shown, rows, not any(reasons for *_, reasons in found), launches)
