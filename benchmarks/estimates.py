@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from gaugeblock.kernels import _configurations, artefacts
 from gaugeblock.kernels._attention.configuration import FEW_QUERIES, HEAD_DIMS, head_options
+from gaugeblock.kernels.ceilings import copy_gb_s, nominal
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.op import Case
 
 from .record import RESULTS, load_record
-from .roofline import copy_gb_s
 from .words import NOTHING, figure, shape_words
 
 # Measured on an H200, see docs/attention.md; float32 is nine tenths of the datasheet's 67 TFLOP/s.
@@ -34,12 +34,8 @@ H200 = {
     "matrix_tflop_s": {"bfloat16": 785.0, "float32": 60.0},
     "exp_t_s": 3.9,
 }
-# Of the A100 80GB's datasheet; on sm_80 four multiply-adds take as long as an exponential.
-A100 = {
-    "copy_gb_s": {str(1 << 30): 2039.0},
-    "matrix_tflop_s": {"bfloat16": 312.0, "float32": 19.5},
-    "exp_t_s": 19.5 / 2 / 4,
-}
+# by its datasheet
+A100 = nominal("sm_80")
 CHIPS = {"sm_90": "H200", "sm_80": "A100"}
 # the shapes that the kernels are built for, by their names in the catalog
 CASES = (

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from gaugeblock.kernels import artefacts
+from gaugeblock.kernels.ceilings import copy_gb_s
 from gaugeblock.kernels.sass import MATRIX, TMA
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Result
@@ -24,7 +25,6 @@ from . import estimates, step_budget
 from .markdown import markdown_summary
 from .record import RESULTS, load_record
 from .report import report
-from .roofline import copy_gb_s
 from .tables import tally_words
 from .words import NOTHING
 

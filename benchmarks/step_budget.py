@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gaugeblock.gpt.config import GPTConfig
+from gaugeblock.kernels.ceilings import copy_gb_s
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.op import Case
 
 from .estimates import PASSES, _range, _table, estimate, h200_ceilings, row_of
 from .record import RESULTS
-from .roofline import copy_gb_s
 from .words import NOTHING, figure
 
 # what training must reach on an H200: 600k tokens a second

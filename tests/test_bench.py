@@ -20,6 +20,7 @@ from gaugeblock.benchmarks.providers import load as load_providers
 from gaugeblock.benchmarks.pytest_timer import AdvancingTimer
 from gaugeblock.benchmarks.record import CHECKOUT, load_record, slug
 from gaugeblock.benchmarks.telemetry import Telemetry, summed_up
+from gaugeblock.kernels.ceilings import copy_gb_s
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.helpers import gaugeblock, python
@@ -266,7 +267,7 @@ def test_the_floor_is_nominal_and_the_roof_measured():
         "copy",
     )
     # between two sizes by the logarithm of the size
-    assert roofline.copy_gb_s(CEILINGS, 1 << 15) == pytest.approx(5.5)
+    assert copy_gb_s(CEILINGS, 1 << 15) == pytest.approx(5.5)
     assert roofline.roof(CEILINGS, "float32", 1024, 1e9) == (pytest.approx(10.0), "matrix")
     assert roofline.roof(CEILINGS, "float32", 1024, 1e3, 0.5) == (0.5, "latency")
     assert roofline.roof(CEILINGS, "float16", 1024, 1e3) == (None, None)

@@ -9,7 +9,7 @@ from tests.helpers import gaugeblock, python
 
 KEYS = {"op", "case", "dtype", "kernel", "config", "target", "triton", "registers", "spills",
         "spills_in_loops", "shared_bytes", "occupancy", "instructions", "narrow_offsets", "passed",
-        "reason", "source", "threads", "bounds"}  # fmt: skip
+        "reason", "source", "threads", "bounds", "launched", "work", "estimate"}  # fmt: skip
 KERNELS = [name for name, op in CATALOG.items() if op.kernel is None]
 FIRST = {
     name: next(
@@ -76,7 +76,7 @@ def test_sizes_of_one_compile():
         "        case = Case('ones', **sizes, **op.options(op.cases[0]))\n"
         "        kept = inspect._launches(op, case, 'sm_90', 'bfloat16')\n"
         "        assert kept, name\n"
-        "        for kernel, _, compiled in kept:\n"
+        "        for kernel, *_, compiled in kept:\n"
         "            assert not isinstance(compiled, Exception), (kernel, compiled)\n"
     )
     ran = python("-c", script)
@@ -97,6 +97,9 @@ REFUSED = {
     "ffn --update": "--update goes with --gate FILE, got none",
     "ffn --gate g.toml": "--gate names its own kernels, got ops beside it",
     "--gate g.toml --against HEAD": "--gate names its own kernels, got against beside it",
+    "ffn --ceilings nowhere.json": "No such file",
+    "ffn --ceilings c.json --target sm_80 --target sm_90": "--ceilings are of one chip, got",
+    "mine:kernel --signature i32 --ceilings c.json": "--ceilings goes with ops of the catalog",
     "--gate nowhere.toml": "No such file",
     "nowhere.at_all:kernel --signature i32": "nowhere.at_all must import, it does not: Module",
     "failing:kernel --signature i32": "failing must import, it does not: RuntimeError: no GPU",
@@ -339,7 +342,7 @@ def test_a_kernel_of_the_catalog_that_fails_is_a_row(tmp_path):
         "    x = torch.empty(64, 64, dtype=torch.bfloat16, device='cuda')\n"
         "    broken_kernel[(1,)](x, BLOCK=64)\n"
         "    matrix_kernel[(1,)](x, x, x, 64, 64, M=64, N=64, DTYPE=tl.bfloat16)\n"
-        "broken, narrow = (inspect._read(compiled, 'sm_90') for _, _, compiled in kept)\n"
+        "broken, narrow = (inspect._read(compiled, 'sm_90') for *_, compiled in kept)\n"
         "assert not broken['passed'] and broken['registers'] is None\n"
         "assert broken['reason'].startswith('does not compile: NameError('), broken\n"
         "assert narrow['reason'] == 'computes 2 addresses in 32 bits', narrow\n"

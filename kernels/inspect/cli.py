@@ -27,6 +27,11 @@ def inspect(
     against: str = typer.Option(
         None, help="A git revision: its launches, compiled in a worktree, beside those of now."
     ),
+    ceilings: Path = typer.Option(
+        None,
+        help="For ops: what gaugeblock ceilings --json wrote, or a record; by default the "
+        "datasheet's.",
+    ),
     gate: Path = typer.Option(
         None, help="A TOML or JSON file of your kernels and their limits, instead of all the above."
     ),
@@ -55,7 +60,7 @@ def inspect(
     words = {
         "ops": ops, "targets": target, "cases": case, "signature": signature,
         "constexprs": constexpr, "num_warps": num_warps, "num_stages": num_stages,
-        "against": against,
+        "against": against, "ceilings": ceilings,
     }  # fmt: skip
     words = {name: given for name, given in words.items() if given not in (None, [])}
     if gate and words:
@@ -79,7 +84,7 @@ def _finish(found, save, json, markdown):
     console = Console()
     # where lines may be as long as they like, none is broken
     console = console if console.is_terminal else Console(width=250)
-    for table in found.tables:
+    for table in (table for table in found.tables if table.rows):
         shown = Table(*map(escape, table.head), title=escape(table.title))
         for row in table.rows:
             shown.add_row(*map(escape, row))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
@@ -102,7 +103,7 @@ def _compiling(target, change=dict):
         except Exception as error:
             compiled = error
         config = {k: v for k, v in options.items() if isinstance(v, (int, bool, str))}
-        kept.append((kernel, config, compiled))
+        kept.append((kernel, config, math.prod(grid), compiled))
         return compiled
 
     # the stand-in stays active afterwards: Triton has no driver to go back to without a GPU
@@ -136,11 +137,12 @@ def inspect(ops=(), target="sm_90", dtype="bfloat16", cases=()):
     """Compile the catalog's "aot" cases of `ops` (all by default) for a target.
 
     cases: names of cases; all "aot" ones by default.
-    Returns a list of {"op", "case", "dtype", "kernel", "source", "config", "target", "triton",
-    "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy", "threads",
-    "instructions", "bounds", "narrow_offsets", "passed", "reason"}. A row passes when it compiles,
-    does not spill, fits the chip's shared memory, runs its products on the units that it should and
-    computes its addresses in 64 bits.
+    Returns a list of {"op", "case", "dtype", "kernel", "source", "config", "launched", "target",
+    "triton", "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy", "threads",
+    "instructions", "bounds", "narrow_offsets", "passed", "reason", "work"}. A row passes when it
+    compiles, does not spill, fits the chip's shared memory, runs its products on the units that it
+    should and computes its addresses in 64 bits. launched is how many programs the case has; work
+    is that of the whole op, {direction: {"flop", "read_bytes", "written_bytes"}}.
     Raises ValueError for an unknown op, target or case, or where the interpreter is on.
     """
     return [launch.row for launch in catalog_launches(ops, target, dtype, cases)]
@@ -159,7 +161,7 @@ def inspect_kernel(
     constants: {parameter: value}, for every constexpr without a default. What is not given comes
                from the autotuner's configurations, each of which makes a row.
     Returns rows as `inspect` does, with the kernel's name for the op, the signature for the case
-    and no dtype; addresses in 32 bits are counted and fail nothing.
+    and no dtype, launched and work; addresses in 32 bits are counted and fail nothing.
     Raises ValueError for what cannot be found, does not fit or does not compile.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -181,13 +183,14 @@ def catalog_launches(ops=(), target="sm_90", dtype="bfloat16", cases=(), change=
     return [
         Launch(
             {"op": op.name, "case": case.name, "dtype": dtype, "kernel": kernel.fn.__name__}
-            | {"source": _source(kernel), "config": config}
-            | _read(compiled, target),
+            | {"source": _source(kernel), "config": config, "launched": programs}
+            | _read(compiled, target)
+            | {"work": _work(op, case, dtype)},
             compiled,
         )
         for op, case in known
         if not cases or case.name in cases
-        for kernel, config, compiled in _launches(op, case, target, dtype, change)
+        for kernel, config, programs, compiled in _launches(op, case, target, dtype, change)
     ]
 
 
@@ -219,9 +222,20 @@ def kernel_launches(
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in fixed.items()}
         config |= {k: getattr(compiled.metadata, k) for k in ("num_warps", "num_stages")}
         row = {"op": name, "case": signature, "dtype": None, "kernel": kernel.__name__}
-        row |= {"source": _source(kernel), "config": config} | read_artefact(compiled, target)
+        row |= {"source": _source(kernel), "config": config, "launched": None}
+        row |= read_artefact(compiled, target) | {"work": None}
         launches.append(Launch(row, compiled))
     return launches
+
+
+def _work(op, case, dtype):
+    """{direction: {"flop", "read_bytes", "written_bytes"}} of a case: each tensor once."""
+    work = {}
+    for direction in ("fwd", "bwd") if op.differentiable() else ("fwd",):
+        read, written = op.traffic(case, _TORCH[dtype].itemsize, direction)
+        flop = op.flop_count(case, direction)
+        work[direction] = {"flop": flop, "read_bytes": read, "written_bytes": written}
+    return work
 
 
 def _source(kernel):
@@ -241,7 +255,7 @@ def _expect_compiler():
 
 
 def _launches(op, case, target, dtype, change=dict):
-    """(kernel, configuration, compiled kernel) of one forward and backward call."""
+    """(kernel, configuration, programs, compiled kernel) of one forward and backward call."""
     dims = op.dims(case)
     module = import_module(f".._{op.name}", __package__)
     with FakeTensorMode(), _compiling(TARGETS[target], change) as kept:

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import user_kernel
-from . import gate, gate_file, lines, saved, tables
+from .. import ceilings, user_kernel
+from . import estimate, gate, gate_file, lines, saved, tables
 from .against import differences, rows_at
 from .compiling import catalog_launches, kernel_launches
 
@@ -25,6 +25,7 @@ class Asked:
     num_warps: int | None = None
     num_stages: int | None = None
     against: str | None = None
+    ceilings: Path | None = None
 
     def __post_init__(self):
         mine = [name for name in self.ops if ":" in name]
@@ -38,6 +39,15 @@ class Asked:
                 raise ValueError(
                     f"inspect: --{option} goes with a kernel module:function, got none"
                 )
+        if self.ceilings and mine:
+            raise ValueError(f"inspect: --ceilings goes with ops of the catalog, got {mine[0]}")
+        if self.ceilings and len(self.targets) > 1:
+            raise ValueError(
+                f"inspect: --ceilings are of one chip, got targets {', '.join(self.targets)}"
+            )
+        if self.ceilings:
+            # an unreadable file is told before anything is compiled
+            ceilings.read(self.ceilings)
         self.kernel = mine[0] if mine else None
         self.constants = dict(map(_named, self.constexprs))
 
@@ -105,13 +115,17 @@ def _write(path, text):
 
 def run(asked):
     """Compile what is asked for, and read it."""
+    commit, before = None, []
+    if asked.against is not None:
+        commit, before = rows_at(asked.against, asked.elsewhere())
     launches = [asked.launches(target) for target in asked.targets]
     parts = [[launch.row for launch in part] for part in launches]
     rows = [row for part in parts for row in part]
+    estimate.add(rows, asked.ceilings)
     shown = [tables.figures(parts, asked.targets), tables.mix(parts), tables.bounds(parts)]
+    shown.append(estimate.table(rows))
     data = rows
     if asked.against is not None:
-        commit, before = rows_at(asked.against, asked.elsewhere())
         found = differences(rows, before)
         shown.append(tables.differences(found, asked.against))
         data = {"against": asked.against, "commit": commit, "rows": rows, "before": before,
