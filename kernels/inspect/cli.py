@@ -32,6 +32,9 @@ def inspect(
         help="For ops: what gaugeblock ceilings --json wrote, or a record; by default the "
         "datasheet's.",
     ),
+    what_if: bool = typer.Option(
+        False, "--what-if", help="Occupancy with more warps, fewer stages, fewer registers."
+    ),
     gate: Path = typer.Option(
         None, help="A TOML or JSON file of your kernels and their limits, instead of all the above."
     ),
@@ -60,7 +63,7 @@ def inspect(
     words = {
         "ops": ops, "targets": target, "cases": case, "signature": signature,
         "constexprs": constexpr, "num_warps": num_warps, "num_stages": num_stages,
-        "against": against, "ceilings": ceilings,
+        "against": against, "ceilings": ceilings, "what_if": what_if or None,
     }  # fmt: skip
     words = {name: given for name, given in words.items() if given not in (None, [])}
     if gate and words:

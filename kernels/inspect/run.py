@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from .. import ceilings, user_kernel
-from . import estimate, gate, gate_file, lines, saved, tables
+from . import estimate, gate, gate_file, lines, saved, tables, what_if
 from .against import differences, rows_at
 from .compiling import catalog_launches, kernel_launches
 
@@ -26,6 +27,7 @@ class Asked:
     num_stages: int | None = None
     against: str | None = None
     ceilings: Path | None = None
+    what_if: bool = False
 
     def __post_init__(self):
         mine = [name for name in self.ops if ":" in name]
@@ -119,11 +121,14 @@ def run(asked):
     if asked.against is not None:
         commit, before = rows_at(asked.against, asked.elsewhere())
     launches = [asked.launches(target) for target in asked.targets]
+    if asked.what_if:
+        for target, part in zip(asked.targets, launches):
+            what_if.add(part, partial(asked.launches, target))
     parts = [[launch.row for launch in part] for part in launches]
     rows = [row for part in parts for row in part]
     estimate.add(rows, asked.ceilings)
     shown = [tables.figures(parts, asked.targets), tables.mix(parts), tables.bounds(parts)]
-    shown.append(estimate.table(rows))
+    shown += [estimate.table(rows), what_if.table(rows)]
     data = rows
     if asked.against is not None:
         found = differences(rows, before)
