@@ -54,7 +54,7 @@ def test_a_users_kernel_at_a_commit_and_now(repository):
     found = json.loads((repository / "rows.json").read_text())
     (before,), (now,), (difference,) = found["before"], found["rows"], found["differences"]
     assert (before["kernel"], now["kernel"]) == ("scale_kernel", "scale_kernel")
-    assert before["source"] == now["source"] == "src/mine/norm.py:5"
+    assert before["source"] == now["source"] == "mine/norm.py:5"
     assert "MUFU.EX2" not in before["instructions"]
     assert now["instructions"]["MUFU.EX2"] == 8
     assert difference["change"] == "changed"

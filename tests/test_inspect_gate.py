@@ -2,11 +2,12 @@
 
 import json
 import tomllib
+from importlib.metadata import version
 
 import pytest
 from gaugeblock.kernels.inspect import gate_file
 
-from tests.helpers import gaugeblock, python
+from tests.helpers import CHECKOUT, gaugeblock, python
 
 MINE = """
 import triton
@@ -36,6 +37,7 @@ limits.must = ["MUFU.EX2"]
 limits.sm_90 = { registers = 4, must_not = ["LDG.32"] }
 
 [[kernel]]
+name = "what it tries"
 kernel = "mine:tuned"
 signature = "*fp32,*fp32,i32"
 limits = { must_not = ["LDG.32"], spills = 0, occupancy = 1 }
@@ -94,6 +96,7 @@ def test_what_is_over_a_limit_is_said(said):
     ]  # fmt: skip
     assert f"| {registers} of 4 |" in table
     assert "4 launches, 3 over a limit" in table
+    assert "| mine:tuned | what it tries | 256 2 warps 3 stages | sm_90 |" in table
 
 
 def test_the_present_figures_become_the_limits(folder, said):
@@ -147,7 +150,7 @@ WRONG = [
     ({"kernel": [], "more": 1}, "must hold a list named kernel and nothing else"),
     ({"kernel": ["a:b"]}, "kernel 1 must be a table, got 'a:b'"),
     ({"kernel": [entry(), {"kernel": "a:b"}]}, "kernel 2 must have a signature, got none"),
-    ({"kernel": [entry(warps=4)]}, "may have kernel, signature, constexprs, .*, got warps"),
+    ({"kernel": [entry(warps=4)]}, "may have name, kernel, signature, .*, got warps"),
     ({"kernel": [entry(num_warps="4")]}, "num_warps must be int, got '4'"),
     ({"kernel": [entry(num_stages=True)]}, "num_stages must be int, got True"),
     ({"kernel": [entry(targets=["sm_75"])]}, "targets must be of sm_80, .*, got 'sm_75'"),
@@ -181,3 +184,25 @@ def test_what_is_no_file_is_refused(tmp_path):
         gate_file.read(tmp_path / "gate.yaml")
     with pytest.raises(OSError, match="No such file"):
         gate_file.read(tmp_path / "other.toml")
+
+
+def test_kernels_that_nobody_here_wrote(tmp_path):
+    """Liger's, within the limits of the versions that the file names; the page is what it says."""
+    path = CHECKOUT / "examples" / "inspect_liger.toml"
+    head = path.read_text().split("[[kernel]]")[0]
+    for name in ("triton", "liger-kernel"):
+        if version(name) not in head:
+            pytest.skip(f"the file is of another {name}")
+    ran = gaugeblock("inspect", "--gate", path, "--markdown", tmp_path / "page.md", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    page = (CHECKOUT / "docs" / "inspect" / "liger.md").read_text()
+    assert (tmp_path / "page.md").read_text() == page, "make it again, docs/inspect.md says how"
+
+
+def test_the_page_of_flash_linear_attention_is_of_its_file():
+    entries = gate_file.read(CHECKOUT / "examples" / "inspect_fla.toml")
+    page = (CHECKOUT / "docs" / "inspect" / "fla.md").read_text()
+    for entry in entries:
+        assert f"| {entry.table['kernel']} | {entry.table['name']} |" in page
+    assert len({entry.table["kernel"].split(":")[0] for entry in entries}) == 3
+    assert ", 0 over a limit;" in page

@@ -25,6 +25,8 @@ def check(entries):
                 found.append((entry, target, [], [str(error).removeprefix("inspect: ")]))
                 continue
             limits = entry.limits(target)
+            for launch in launches:
+                launch.row["name"] = entry.table.get("name", "")
             over = [_over(launch.row, limits) for launch in launches]
             found += [(entry, target, [x], reasons) for x, reasons in zip(launches, over)]
     return found, _table(found)
@@ -53,22 +55,24 @@ def present(row):
 def _table(found):
     rows = []
     for entry, target, launches, reasons in found:
-        limits = entry.limits(target)
+        limits, kernel = entry.limits(target), entry.table["kernel"]
         if not launches:
-            rows.append((entry.table["kernel"], "", target, *["–"] * len(FIGURES), reasons[0]))
+            said = entry.table.get("name", "")
+            rows.append((kernel, said, "", target, *["–"] * len(FIGURES), reasons[0]))
         for launch in launches:
-            figures = present(launch.row)
-            cells = [
-                (percent if key == "occupancy" else text)(figures[key])
-                + (f" of {(percent if key == 'occupancy' else text)(limits[key])}"
-                   if key in limits else "")
-                for key in FIGURES
-            ]  # fmt: skip
-            rows.append((entry.table["kernel"], name(launch.row)[2], target, *cells,
-                         "; ".join(reasons)))  # fmt: skip
+            _, said, tile = name(launch.row)
+            cells = (_cell(key, value, limits) for key, value in present(launch.row).items())
+            rows.append((kernel, said, tile, target, *cells, "; ".join(reasons)))
     broken = sum(bool(reasons) for *_, reasons in found)
-    title = f"{len(found)} launches, {broken} over a limit; a figure of its limit"
-    return Table(title, ("kernel", "tile", "target", *FIGURES, "over"), rows)
+    versions = {x.row["triton"]: None for _, _, xs, _ in found for x in xs}
+    title = f"{len(found)} launches, {broken} over a limit; figure of limit"
+    title = "; ".join([title, *(f"Triton {version}" for version in versions)])
+    return Table(title, ("kernel", "", "tile", "target", *FIGURES, "over"), rows)
+
+
+def _cell(key, value, limits):
+    show = percent if key == "occupancy" else text
+    return f"{show(value)} of {show(limits[key])}" if key in limits else show(value)
 
 
 def update(path, entries, found):

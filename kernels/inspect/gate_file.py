@@ -1,6 +1,7 @@
 """A file of limits that users keep for their own kernels.
 
     [[kernel]]
+    name = "rows of 1,024"
     kernel = "my_package.norm:rms_kernel"
     signature = "*bf16:16,*bf16:16,i32"
     constexprs = { BLOCK = 1024 }
@@ -28,8 +29,8 @@ from .compiling import TARGETS, kernel_launches
 FIGURES = {"registers": max, "spills": max, "shared_bytes": max, "occupancy": min}
 INSTRUCTIONS = ("must", "must_not")
 _KEYS = {
-    "kernel": str, "signature": str, "constexprs": dict, "targets": list, "num_warps": int,
-    "num_stages": int, "limits": dict,
+    "name": str, "kernel": str, "signature": str, "constexprs": dict, "targets": list,
+    "num_warps": int, "num_stages": int, "limits": dict,
 }  # fmt: skip
 _NAME = re.compile(r"[\w-]+")
 

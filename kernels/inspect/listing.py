@@ -129,10 +129,11 @@ def located(file):
 
 @cache
 def shown(file):
-    """A source file as people name it: from the working folder, or from where Python found it."""
+    """A source file as Python found it: from the nearest folder of the path above it."""
     path = located(file)
-    roots = [Path.cwd(), *sorted(map(Path, filter(None, sys.path)), key=lambda p: -len(p.parts))]
-    return next((path.relative_to(r) for r in roots if path.is_relative_to(r)), path).as_posix()
+    roots = [root for root in (Path.cwd(), *map(Path, sys.path)) if path.is_relative_to(root)]
+    nearest = max(roots, key=lambda root: len(root.parts), default=None)
+    return (path.relative_to(nearest) if nearest else path).as_posix()
 
 
 def _common_tail(one, other):

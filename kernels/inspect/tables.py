@@ -19,7 +19,7 @@ class Table:
 
     def markdown(self):
         lines = [self.head, ["---"] * len(self.head), *self.rows]
-        cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+        cells = [[cell.replace("|", "\\|").replace("\n", "") for cell in line] for line in lines]
         title = f"**{self.title}**\n\n" if self.title else ""
         return title + "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
@@ -44,7 +44,9 @@ def figures(parts, targets):
             " / ".join(show(row) if row else "–" for row in launch) for show in _FIGURES.values()
         )
         rows.append((*name(first), *shown, "; ".join(failed)))
-    return Table(" / ".join(targets), ("kernel", "case", "tile", *_FIGURES, "fails"), rows)
+    versions = dict.fromkeys(row["triton"] for part in parts for row in part)
+    title = f"{' / '.join(targets)}, Triton {' '.join(versions)}"
+    return Table(title, ("kernel", "case", "tile", *_FIGURES, "fails"), rows)
 
 
 def mix(parts):
@@ -130,12 +132,20 @@ def _shown(key, value):
 
 
 def name(row):
-    """(kernel, case, tile) of a row; a user's signature is no case's name."""
+    """(kernel, case, tile) of a row; of a user's kernel, the name that a gate file gives it."""
     kernel = row["kernel"].strip("_")
     if row["dtype"]:
         return kernel, row["case"], tile(row["config"])
-    fixed = (f"{k}={v}" for k, v in row["config"].items() if k not in ("num_warps", "num_stages"))
-    return kernel, "", tile(row["config"]) or " ".join(fixed)
+    config = row["config"]
+    fixed = [f"{k}={v}" for k, v in config.items() if type(v) is int and k not in _LAUNCH]
+    words = tile(config) or " ".join(fixed[:_NAMED])
+    launch = " ".join(f"{config[k]} {word}" for k, word in _LAUNCH.items())
+    return kernel, row.get("name", ""), f"{words} {launch}".strip()
+
+
+# of a user's kernel: how many numbers stand for a tile, and what the launch adds
+_NAMED = 4
+_LAUNCH = {"num_warps": "warps", "num_stages": "stages"}
 
 
 def tile(config):
