@@ -100,7 +100,7 @@ def _reasons(row, ttir, warps):
     return reasons
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def disassemble(cubin):
     """(resource usage, SASS with the lines it is of) as cuobjdump and nvdisasm print them."""
     tool = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
