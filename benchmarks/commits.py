@@ -2,8 +2,8 @@
 
 Each commit is checked out into a worktree. A run starts one process a side; case by case they take
 turns at blocks of calls, in random order, and the run gives one number a case: the median over
-blocks of log(B's median / A's). New processes make the next run, so that where memory and code
-happen to lie differs from run to run as it does from user to user. After a third, two thirds and
+blocks of log(B's median / A's). New processes with other addresses make the next run, since where
+memory and code happen to lie moves times by percents, for all calls of a process alike. After a third, two thirds and
 all of the runs each case that can be told is; the others go on.
 """
 
@@ -148,8 +148,9 @@ class _Gate:
     def _turns(self, pair, key):
         """(A's, B's) median of each block, in milliseconds."""
         try:
-            for worker in pair:
-                worker.ask("prepare", key)
+            # what comes first may find more room, or less
+            for i in self.rng.permutation(2):
+                pair[i].ask("prepare", key)
             blocks = np.empty((BLOCKS, 2))
             for block in blocks:
                 for i in self.rng.permutation(2):
