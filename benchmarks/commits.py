@@ -3,8 +3,8 @@
 Each commit is checked out into a worktree. A run starts one process a side; case by case they take
 turns at blocks of calls, in random order, and the run gives one number a case: the median over
 blocks of log(B's median / A's). New processes with other addresses make the next run, since where
-memory and code happen to lie moves times by percents, for all calls of a process alike. After a third, two thirds and
-all of the runs each case that can be told is; the others go on.
+memory and code happen to lie moves times by percents, for all calls of a process alike. There are
+three looks at the runs: a case that can be told is finished, the others go on.
 """
 
 from __future__ import annotations
