@@ -98,6 +98,7 @@ def tried(clone, kind):
     ref = {"equals": "HEAD", "planted": "HEAD~1"}[kind]
     command = ["gaugeblock", "compare", "--gate", ref, *OPS, *_OPTIONS]
     environment = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *command, "--json", str(out)],
