@@ -31,7 +31,9 @@ from .verdicts import CUT, MISSING, NEW, WRONG, Comparison, Line
 
 # runs at which cases are judged, in the fewest that can judge
 LOOKS = (1.0, 1.5, 2.25)
-BLOCKS, CALLS = 12, 4
+# blocks of a case in a run and calls of a block; where calls are long, as many as fit into the
+# seconds of a block, and no fewer blocks than the least
+BLOCKS, LEAST_BLOCKS, CALLS, BLOCK_S = 12, 5, 4, 0.04
 # read by libraries when a process starts
 _ENVIRONMENT = {
     # idle threads that spin would be timed with the other side's
@@ -88,9 +90,9 @@ class _Gate:
         """The lines of all cases that one side or both can do."""
         with self.sides.open(self.rng) as pair:
             keys, lines = self._both(pair, keys, accepted)
-            if check:
-                keys, wrong = self._right(pair, keys)
-                lines += wrong
+        if check:
+            keys, wrong = self._right(keys)
+            lines += wrong
         if not keys:
             return lines
         self.level = self.false_alarm / (len(keys) * len(LOOKS))
@@ -125,16 +127,20 @@ class _Gate:
                 kept.append(key)
         return kept, lines
 
-    def _right(self, pair, keys):
+    def _right(self, keys):
         """(keys of cases in which both sides are right, lines of those in which one is not)."""
         wrong = {}
         for op, case, dtype in dict.fromkeys(key[:3] for key in keys):
             of_case = [key for key in keys if key[:3] == (op, case, dtype)]
-            for worker in pair:
-                try:
-                    worker.ask("check", of_case[0], any(key[3] == "bwd" for key in of_case))
-                except SideError as error:
-                    wrong |= dict.fromkeys(of_case, str(error))
+            # in processes of their own: one may die of it
+            with self.sides.open(self.rng) as pair:
+                for worker in pair:
+                    worker.send("check", of_case[0], any(key[3] == "bwd" for key in of_case))
+                for worker in pair:
+                    try:
+                        worker.answer()
+                    except SideError as error:
+                        wrong |= dict.fromkeys(of_case, str(error))
         kept = [key for key in keys if key not in wrong]
         return kept, [Line(*key, WRONG, reason=reason) for key, reason in wrong.items()]
 
@@ -159,14 +165,18 @@ class _Gate:
             # what comes first may find more room, or less
             for i in self.rng.permutation(2):
                 pair[i].ask("prepare", key)
-            blocks = np.empty((BLOCKS, 2))
-            for block in blocks:
+            blocks, end = [], time.monotonic() + 2 * BLOCKS * BLOCK_S
+            while len(blocks) < BLOCKS:
+                if len(blocks) >= LEAST_BLOCKS and time.monotonic() > end:
+                    break
+                block = np.empty(2)
                 for i in self.rng.permutation(2):
-                    block[i] = np.median(pair[i].ask("time", CALLS))
+                    block[i] = np.median(pair[i].ask("time", CALLS, BLOCK_S))
+                blocks.append(block)
         finally:
             for worker in pair:
                 worker.ask("release")
-        return blocks.T
+        return np.transpose(blocks)
 
     def _that_fit(self, keys, took, fewest):
         """The first keys of which the fewest runs that can tell anything fit into the time."""
@@ -241,8 +251,14 @@ class _Worker:
         theirs.close()
 
     def ask(self, method, *arguments):
-        self.connection.send((method, arguments))
+        self.send(method, *arguments)
         return self.answer()
+
+    def send(self, method, *arguments):
+        try:
+            self.connection.send((method, arguments))
+        except OSError:
+            raise SideError(f"the process of {self.letter} died", died=True) from None
 
     def answer(self):
         try:

@@ -356,6 +356,19 @@ def test_nothing_that_is_wrong_is_timed(repository):
     assert found["about"]["checked"] == "what is timed is right on both sides"
 
 
+def test_a_side_that_dies_is_a_line_and_no_end(repository):
+    repository()
+    repository.write()
+    text = Path("bench_mine.py").read_text()
+    Path("bench_mine.py").write_text(
+        text.replace("    start = time", "    import os; os._exit(3)\n    start = time")
+    )
+    for options in ((), ("--no-check",)):
+        code, lines, _ = gate(*options, "--gate", "HEAD")
+        assert (code, lines["fwd"]["verdict"]) == (1, WRONG)
+        assert lines["fwd"]["reason"] == "the process of B died"
+
+
 def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(repository, monkeypatch, tmp_path):
     repository()
     repository()
