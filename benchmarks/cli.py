@@ -1,4 +1,4 @@
-"""`gaugeblock bench`, `gaugeblock ceilings` and `gaugeblock report`."""
+"""`gaugeblock bench`, `compare`, `ceilings` and `report`."""
 
 import time
 from pathlib import Path
@@ -50,6 +50,74 @@ def bench(
     print_record(record)
     wrong = any(x["provider"] == OURS and x["refused"] for x in record["left_out"])
     raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
+def compare(
+    sides: list[Path] = typer.Argument(
+        None,
+        metavar="A B",
+        help="Records, or folders with those of several runs. With --gate: ops of the catalog.",
+    ),
+    gate: str = typer.Option(
+        None, metavar="REF", help="Measure this commit, A, and the checkout as it is, B, here, now."
+    ),
+    change: float = typer.Option(0.03, help="The smallest change that matters."),
+    false_alarm: float = typer.Option(
+        0.01, help="How often equals may be called faster or slower, in any case."
+    ),
+    normalise: bool = typer.Option(
+        False, "--normalise", help="Over each record's ceilings: for other devices or versions."
+    ),
+    accept_new: bool = typer.Option(False, "--accept-new", help="Cases of B alone are no failure."),
+    accept_missing: bool = typer.Option(
+        False, "--accept-missing", help="Cases of A alone are no failure."
+    ),
+    provider: str = typer.Option(
+        "gaugeblock", help="Whose times; with --gate ours, or module:object of the working folder."
+    ),
+    suite: str = typer.Option("quick", help="With --gate: quick or full."),
+    dtype: list[str] = typer.Option(None, help="With --gate: float32, float16, bfloat16."),
+    direction: str = typer.Option("both", help="With --gate: fwd, bwd or both."),
+    case: list[str] = typer.Option(None, help="With --gate: only these cases."),
+    budget_s: float = typer.Option(
+        None, help="With --gate: seconds; 480 on a GPU, 300 on a CPU by default."
+    ),
+    check: bool = typer.Option(
+        True, help="With --gate: time nothing that is not right; --no-check where that is known."
+    ),
+    seed: int = typer.Option(None, help="With --gate: of the order."),
+    json: Path = typer.Option(None, help="Write the comparison here as JSON."),
+    junit: Path = typer.Option(None, help="Write it here as JUnit XML."),
+    markdown: Path = typer.Option(
+        None, help="Write it here as Markdown; $GITHUB_STEP_SUMMARY gets it in any case."
+    ),
+):
+    """Is B slower than A? Same, faster, slower or cannot tell, with ratio and interval.
+
+    Exit 0: same or faster; 1: a case is slower, wrong, missing or new; 2: cannot tell.
+    """
+    rates = {"change": change, "false_alarm": false_alarm, "provider": provider}
+    accepted = {"accept_new": accept_new, "accept_missing": accept_missing}
+    sides = sides or []
+    if gate is not None:
+        if normalise:
+            raise ValueError("compare: --normalise goes with records, got --gate")
+        from .commits import compare_commits
+
+        found = compare_commits(
+            gate, list(map(str, sides)), suite=suite, dtypes=dtype, direction=direction,
+            cases=case or (), budget_s=budget_s, check=check, seed=seed, **rates, **accepted,
+        )  # fmt: skip
+    elif len(sides) != 2:
+        raise ValueError(f"compare: sides must be two records or folders, got {len(sides)}")
+    else:
+        from .compare import compare as run
+
+        found = run(*sides, normalise=normalise, **rates, **accepted)
+    found.show()
+    found.write(json, junit, markdown)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch and NumPy are timed on one thread each
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import numpy as np
 from gaugeblock.reference.catalog import CATALOG

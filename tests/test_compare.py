@@ -1,0 +1,384 @@
+"""`gaugeblock compare`: intervals, stored records, reports, two commits of a small repository."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from gaugeblock.benchmarks.compare import compare
+from gaugeblock.benchmarks.significance import (
+    FASTER,
+    SAME,
+    SLOWER,
+    UNKNOWN,
+    Interval,
+    least_pairs,
+    paired,
+    unpaired,
+)
+from gaugeblock.benchmarks.verdicts import CUT, MISSING, NEW, WRONG
+from scipy import stats
+
+from gaugeblock.__main__ import main
+from tests.helpers import CHECKOUT
+from tests.invented_records import HOSTILE, entry, left_out, record
+
+# statistics
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "verdict"),
+    [
+        (1.05, 1.04, 1.06, SLOWER),
+        (1.05, 0.99, 1.11, UNKNOWN),
+        (1.01, 1.005, 1.02, SAME),
+        # known to be different, and by less than matters
+        (1.014, 1.012, 1.05, UNKNOWN),
+        (1.016, 1.001, 1.05, SLOWER),
+        (1.0, 0.98, 1.029, SAME),
+        (1.0, 0.97, 1.02, UNKNOWN),
+        (0.95, 0.94, 0.96, FASTER),
+        (0.98, 0.96, 0.999, FASTER),
+        (1.2, 0.0, math.inf, UNKNOWN),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(ratio, low, high, verdict):
+    assert Interval(ratio, low, high).verdict(0.03) == verdict
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 17])
+def test_the_paired_interval_is_that_of_the_signed_rank_test(n):
+    d = np.random.default_rng(n).standard_normal(n) + 0.7
+    for level in (0.5, 0.2, 0.05, 0.01, 1e-3):
+        interval = paired(d, level)
+        if n < least_pairs(level):
+            assert (interval.low, interval.high) == (0, math.inf)
+            continue
+        # shifted just inside of either end it is not significant, and just outside it is
+        for end, outwards in ((interval.low, -1e-9), (interval.high, 1e-9)):
+            inside, outside = (
+                stats.wilcoxon(d - math.log(end) + shift, method="exact").pvalue
+                for shift in (outwards, -outwards)
+            )
+            assert outside <= level < inside
+
+
+def test_fewer_pairs_than_the_least_have_no_ends():
+    for level in (0.5, 0.05, 1e-4):
+        n = least_pairs(level)
+        assert 2.0 ** (1 - n) <= level < 2.0 ** (2 - n)
+        assert paired(np.full(n - 1, 0.5), level).high == math.inf
+        assert paired(np.full(n, 0.5), level).low == pytest.approx(math.exp(0.5))
+
+
+@pytest.mark.parametrize("noise", ["normal", "cauchy"])
+def test_equals_are_seldom_outside_of_the_interval(noise):
+    rng = np.random.default_rng(0)
+    draws = getattr(rng, f"standard_{noise}")((4000, 12))
+    missed = np.mean([not i.low <= 1 <= i.high for i in (paired(d, 0.05) for d in draws)])
+    # 4,000 draws know a twentieth to 0.0034, three times over
+    assert 0.02 < missed < 0.05 + 3 * 0.0034
+    if noise == "normal":
+        sides = np.exp(draws[:, :5]), np.exp(2 * draws[:, 5:])
+        found = [unpaired(a, b, 0.05) for a, b in zip(*sides)]
+        missed = np.mean([not i.low <= 1 <= i.high for i in found])
+        assert 0.02 < missed < 0.05 + 3 * 0.0034
+
+
+def test_the_unpaired_interval_is_welchs():
+    rng = np.random.default_rng(1)
+    a, b = np.exp(rng.normal(0, 0.1, 6)), np.exp(rng.normal(0.2, 0.3, 9))
+    want = stats.ttest_ind(np.log(b), np.log(a), equal_var=False).confidence_interval(0.99)
+    found = unpaired(a, b, 0.01)
+    assert math.log(found.low) == pytest.approx(want.low, rel=1e-12)
+    assert math.log(found.high) == pytest.approx(want.high, rel=1e-12)
+    assert unpaired([1.0] * 5, [2.0] * 5, 0.01).verdict(0.03) == UNKNOWN
+
+
+# records
+
+
+def runs(folder, factor=1.0, n=6, entries=None, **changes):
+    """A folder of runs whose times are scattered by a thousandth."""
+    rng = np.random.default_rng(len(str(folder)))
+    for i in range(n):
+        of_run = entries or [("wide", 1.0), ("narrow", 0.2)]
+        made = [
+            entry("gaugeblock", ms * factor * (1 + 1e-3 * rng.standard_normal()), case=case)
+            for case, ms in of_run
+        ]
+        made.append(entry("eager", 5.0))
+        path = folder / str(i) / "record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record(made, **changes)))
+    return folder
+
+
+def verdicts(found):
+    return {line.case: line.verdict for line in found.lines}
+
+
+@pytest.mark.parametrize(
+    ("factor", "verdict", "code"),
+    [(1.0, SAME, 0), (1.03, SLOWER, 1), (0.97, FASTER, 0), (1.01, SAME, 0)],
+)
+def test_two_folders_of_runs(tmp_path, factor, verdict, code):
+    found = compare(runs(tmp_path / "a"), runs(tmp_path / "bb", factor))
+    assert verdicts(found) == {"wide": verdict, "narrow": verdict}
+    assert found.exit_code == code
+    for line in found.lines:
+        assert line.low < line.ratio < line.high
+        assert line.ratio == pytest.approx(factor, rel=3e-3)
+
+
+def test_too_few_runs_say_what_to_do(tmp_path):
+    found = compare(runs(tmp_path / "a", n=4), runs(tmp_path / "b", 2.0, n=6))
+    assert set(verdicts(found).values()) == {UNKNOWN}
+    assert found.exit_code == 2
+    assert found.lines[0].runs == (4, 6)
+    assert "needs 5 runs a side" in found.lines[0].reason
+    one = next((tmp_path / "a").rglob("record.json"))
+    assert compare(one, one.parent).exit_code == 2
+
+
+def test_the_level_is_shared_by_the_cases(tmp_path):
+    few = compare(runs(tmp_path / "a"), runs(tmp_path / "b"))
+    cases = [(f"case{i}", 1.0) for i in range(40)] + [("wide", 1.0)]
+    many = compare(*(runs(tmp_path / name, entries=cases) for name in "cd"))
+    widths = [
+        np.mean([math.log(line.high / line.low) for line in found.lines]) for found in (few, many)
+    ]
+    assert widths[1] > 1.5 * widths[0]
+
+
+def test_missing_new_and_cut_cases(tmp_path):
+    both, only = ("wide", 1.0), ("narrow", 0.2)
+    a, b = runs(tmp_path / "a", entries=[both]), runs(tmp_path / "b", entries=[both, only])
+    assert verdicts(compare(a, b)) == {"wide": SAME, "narrow": NEW}
+    assert compare(a, b).exit_code == 1
+    assert compare(a, b, accept_new=True).exit_code == 0
+    assert compare(a, b, accept_missing=True).exit_code == 1
+    assert verdicts(compare(b, a)) == {"wide": SAME, "narrow": MISSING}
+    assert compare(b, a, accept_missing=True).exit_code == 0
+    assert compare(b, a, accept_new=True).exit_code == 1
+    reason = left_out("gaugeblock", "the time budget of 5 s was spent", case="narrow")
+    cut = runs(tmp_path / "c", entries=[both], left_out=[reason])
+    assert verdicts(compare(b, cut)) == {"wide": SAME, "narrow": CUT}
+    assert compare(b, cut).exit_code == 2
+    # acknowledging what is missing does not acknowledge that nobody had the time
+    assert compare(b, cut, accept_missing=True).exit_code == 2
+    unfinished = runs(tmp_path / "d", entries=[both], complete=False)
+    assert verdicts(compare(b, unfinished))["narrow"] == CUT
+    refused = left_out("gaugeblock", "wrong y", case="narrow")
+    wrong = compare(b, runs(tmp_path / "e", entries=[both], left_out=[refused]))
+    assert wrong.exit_code == 1
+    assert "wrong y" in wrong.ordered()[0].reason
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "Other"}, {"driver": "2"}, {"torch": "3.0"}, {"triton": "4"},
+                {"machine": {"cores": 4}}]
+)  # fmt: skip
+def test_other_machines_are_refused_unless_normalised(tmp_path, changes):
+    a, b = runs(tmp_path / "a"), runs(tmp_path / "b", 2.0, **changes)
+    with pytest.raises(ValueError, match=r"must be one, got .* and .*--normalise"):
+        compare(a, b)
+    assert compare(a, b, normalise=True).exit_code == 1
+
+
+def test_times_are_normalised_by_their_own_ceilings(tmp_path):
+    a = runs(tmp_path / "a")
+    b = runs(tmp_path / "b", 2.0, device="Half as fast")
+    for path in b.rglob("record.json"):
+        slow = json.loads(path.read_text())
+        for e in slow["entries"]:
+            e["roof_ms"] *= 2
+        path.write_text(json.dumps(slow))
+    assert set(verdicts(compare(a, b, normalise=True)).values()) == {SAME}
+    for path in b.rglob("record.json"):
+        none = json.loads(path.read_text())
+        for e in none["entries"]:
+            e["roof_ms"] = None
+        path.write_text(json.dumps(none))
+    with pytest.raises(ValueError, match="must hold ceilings"):
+        compare(a, b, normalise=True)
+
+
+def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
+    a, b = runs(tmp_path / "a"), runs(tmp_path / "b", commit="0" * 16)
+    (tmp_path / "empty").mkdir()
+    for arguments, said in [
+        ((tmp_path, a), "runs of one commit, got 2"),
+        ((a, tmp_path / "empty"), "must hold a record.json"),
+        ((a, tmp_path / "absent"), "must be readable"),
+        ((a,), "two records or folders, got 1"),
+        ((a, b, "--change", "0"), "change must lie between 0 and 1"),
+        ((a, b, "--false-alarm", "2"), "false-alarm must lie between"),
+        ((a, b, "--provider", "nobody"), "times of nobody, they hold none"),
+        (("--gate", "HEAD", "--normalise"), "goes with records"),
+        (("--gate", "no-such-commit"), "gate must name a commit"),
+        (("--gate", "HEAD", "--direction", "up"), "direction must be"),
+        (("--gate", "HEAD", "--case", "none_such"), "case must be one of"),
+    ]:
+        with pytest.raises(SystemExit) as exit:
+            main(["compare", *map(str, arguments)])
+        err = capsys.readouterr().err
+        assert exit.value.code == 2
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_what_is_written_agrees(tmp_path, capsys, monkeypatch):
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    cases = [("wide", 1.0), ("narrow", 0.2)]
+    a = runs(tmp_path / "a", entries=cases)
+    b = runs(tmp_path / "b", 1.1, entries=[*cases, (HOSTILE, 1.0)])
+    files = [tmp_path / "out" / name for name in ("x.json", "x.xml", "x.md")]
+    options = [f"--{name}={f}" for name, f in zip(("json", "junit", "markdown"), files)]
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", str(a), str(b), *options])
+    assert exit.value.code == 1
+    found = json.loads(files[0].read_text())
+    assert found["exit_code"] == 1
+    assert [line["verdict"] for line in found["lines"]] == [SLOWER, SLOWER, NEW]
+    suite = ElementTree.parse(files[1]).getroot()
+    assert suite.attrib["failures"] == "3"
+    assert len(suite.findall("testcase/failure")) == 3
+    text = files[2].read_text()
+    assert summary.read_text() == f"before\n{text}"
+    assert "2 slower, 1 new of 3 cases: exit code 1" in text
+    assert "<script" not in text
+    shown = capsys.readouterr().out
+    assert "1.10" in shown
+    assert "exit code 1" in shown
+
+
+# commits
+
+
+def test_the_recorded_trials_keep_the_promise():
+    trials = json.loads((CHECKOUT / "docs" / "compare" / "trials.json").read_text())["trials"]
+    equals, planted = ([t for t in trials if t["kind"] == k] for k in ("equals", "planted"))
+    alarms = [t for t in equals if {c[0] for c in t["cases"].values()} & {SLOWER, FASTER}]
+    assert len(alarms) <= 0.01 * len(equals)
+    assert sum(t["exit_code"] == 1 for t in planted) >= 0.95 * len(planted) > 0
+
+
+PROVIDER = """
+import time
+import torch
+from gaugeblock.benchmarks.providers import Provider
+
+
+def layer_norm(x, w, b, eps=1e-5):
+    start = time.perf_counter()
+    y = torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)
+    if {slower}:
+        # half as long again
+        end = time.perf_counter() + 0.5 * (time.perf_counter() - start)
+        while time.perf_counter() < end:
+            pass
+    return y + {error}
+
+
+mine = Provider("mine", "1", {{"layer_norm": layer_norm}})
+"""
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """commit(slower=…, error=…) in a repository that is the working folder."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def git(*arguments):
+        me = ("-c", "user.name=n", "-c", "user.email=e@localhost")
+        subprocess.run(["git", *me, *arguments], check=True, capture_output=True)
+
+    def write(slower=False, error=0.0):
+        (folder / "bench_mine.py").write_text(PROVIDER.format(slower=slower, error=error))
+
+    def commit(**changes):
+        write(**changes)
+        git("add", ".")
+        git("commit", "--allow-empty", "-m", "a state")
+
+    git("init")
+    commit.write, commit.git = write, git
+    return commit
+
+
+def gate(*options):
+    """(exit code, {direction: line})."""
+    arguments = ["compare", "--gate", "HEAD~1", "layer_norm", "--provider", "bench_mine:mine"]
+    # five runs can tell, where one in five may be a false alarm
+    arguments += ["--false-alarm", "0.2", "--change", "0.2", "--json", "out.json", *options]
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, "--direction", "fwd"])
+    found = json.loads(Path("out.json").read_text())
+    return exit.value.code, {line["direction"]: line for line in found["lines"]}, found
+
+
+def test_a_commit_that_is_slower_is_found(repository):
+    repository()
+    repository(slower=True)
+    code, lines, found = gate("--no-check")
+    assert (code, lines["fwd"]["verdict"]) == (1, SLOWER)
+    assert lines["fwd"]["ratio"] == pytest.approx(1.5, rel=0.2)
+    assert lines["fwd"]["runs"][0] == len(lines["fwd"]["log_ratios"]) >= 5
+    assert found["about"]["A"].startswith("HEAD~1, ")
+    # nothing of it stays
+    listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True).stdout
+    assert listed.count("\n") == 1
+
+
+def test_changes_that_are_not_committed_are_side_b(repository):
+    repository()
+    repository()
+    repository.write(slower=True)
+    code, lines, found = gate("--no-check")
+    assert (code, lines["fwd"]["verdict"]) == (1, SLOWER)
+    assert found["about"]["B"].endswith("with changes")
+
+
+def test_nothing_that_is_wrong_is_timed(repository):
+    repository()
+    repository(error=1.0)
+    code, lines, found = gate()
+    assert (code, lines["fwd"]["verdict"]) == (1, WRONG)
+    assert lines["fwd"]["reason"].startswith("B: ")
+    assert found["about"]["checked"] == "what is timed is right on both sides"
+
+
+def test_a_side_that_dies_is_a_line_and_no_end(repository):
+    repository()
+    repository.write()
+    text = Path("bench_mine.py").read_text()
+    Path("bench_mine.py").write_text(
+        text.replace("    start = time", "    import os; os._exit(3)\n    start = time")
+    )
+    for options in ((), ("--no-check",)):
+        code, lines, _ = gate(*options, "--gate", "HEAD")
+        assert (code, lines["fwd"]["verdict"]) == (1, WRONG)
+        assert lines["fwd"]["reason"] == "the process of B died"
+
+
+def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(repository, monkeypatch, tmp_path):
+    repository()
+    repository()
+    # an old commit that had no such file
+    repository.git("rm", "-q", "bench_mine.py")
+    repository.git("commit", "-m", "none")
+    repository()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "bench_mine.py").write_text(PROVIDER.format(slower=False, error=0.0))
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", "--gate", "HEAD~1", "layer_norm", "--provider", "bench_mine:mine"])
+    assert exit.value.code == 2
