@@ -6,6 +6,7 @@ import pytest
 from gaugeblock.kernels import ceilings
 from gaugeblock.kernels.inspect import estimate
 from gaugeblock.kernels.inspect.bounds import RATES
+from gaugeblock.kernels.inspect.run import Asked
 
 MEASURED = {
     "copy_gb_s": {str(1 << 20): 1000.0, str(1 << 30): 4000.0},
@@ -131,3 +132,9 @@ def test_what_holds_no_ceilings_is_refused(tmp_path, text):
 def test_a_copy_s_rate_lies_between_those_that_were_measured():
     rates = [ceilings.copy_gb_s(MEASURED, n) for n in (0, 1 << 10, 1 << 20, 1 << 25, 1 << 31)]
     assert rates == [1000.0, 1000.0, 1000.0, pytest.approx(2500.0), 4000.0]
+
+
+def test_ceilings_without_the_dtype_are_refused(file):
+    Asked(["ffn"], ceilings=file)
+    with pytest.raises(ValueError, match="must have the rate of float16 products, it has bfloat16"):
+        Asked(["ffn"], dtype="float16", ceilings=file)

@@ -85,8 +85,7 @@ def _rows(asked, repository, root, ref):
     """The rows that a process in the worktree makes."""
     paths = [Path(p).resolve() for p in sys.path if p]
     paths = [root / p.relative_to(repository) if p.is_relative_to(repository) else p for p in paths]
-    # the user's modules come before Gaugeblock's neighbours
-    paths = [root, *paths] if repository == CHECKOUT else [*paths, CHECKOUT]
+    paths = [root, *paths] if repository == CHECKOUT else paths
     folder = Path.cwd()
     folder = root / folder.relative_to(repository) if folder.is_relative_to(repository) else root
     if not folder.is_dir():

@@ -15,7 +15,7 @@ Source: CUDA C++ Programming Guide: "Arithmetic Instructions" (results per clock
 multiprocessor of single precision and of exp2), "Hardware Multithreading" (four schedulers, an
 instruction each) and "Shared Memory" (32 banks of 32 bits). Matrix units: the dense 16-bit rates of
 NVIDIA's datasheets of A100, H100 and B200 over multiprocessors and boost clock (312 TFLOP/s / 108 /
-1.41 GHz, 989 / 132 / 1.83, 2250 / 148 / 1.85), which are powers of two.
+1.41 GHz, 989 / 132 / 1.83, 2250 / 148 / 1.85), rounded to the power of two that they are next to.
 """
 
 from __future__ import annotations

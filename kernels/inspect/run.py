@@ -48,8 +48,13 @@ class Asked:
                 f"inspect: --ceilings are of one chip, got targets {', '.join(self.targets)}"
             )
         if self.ceilings:
-            # an unreadable file is told before anything is compiled
-            ceilings.read(self.ceilings)
+            # a file that is of no use is told before anything is compiled
+            rates = ceilings.read(self.ceilings)[0]["matrix_tflop_s"]
+            if self.dtype not in rates:
+                raise ValueError(
+                    f"inspect: {self.ceilings} must have the rate of {self.dtype} products, it has "
+                    f"{', '.join(rates)}"
+                )
         self.kernel = mine[0] if mine else None
         self.constants = dict(map(_named, self.constexprs))
 
