@@ -22,7 +22,7 @@ from .words import (
 SIGNS = {"faster": "▲", "even": "≈", "slower": "▼"}
 # columns of words, set to the left; figures stand to the right
 _WORDS = {
-    "op", "case", "dtype", "fastest", "best peer", "next", "provider", "version",
+    "op", "case", "dtype", "history", "record", "fastest", "best peer", "next", "provider", "version",
     "remark", "ceiling",
 }  # fmt: skip
 RULES = (
