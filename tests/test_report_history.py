@@ -16,7 +16,9 @@ from gaugeblock.benchmarks.history import (
     times_table,
 )
 from gaugeblock.benchmarks.history_report import history_markdown, history_page, report_history
+from gaugeblock.benchmarks.plot_history import figures
 from gaugeblock.benchmarks.plots import history_plots
+from matplotlib.colors import to_rgba
 
 from tests.helpers import gaugeblock
 from tests.invented_history import commits
@@ -146,9 +148,17 @@ def test_the_plots_of_a_history():
     slower = copy.deepcopy(history.records)
     slower[1]["entries"][0]["time_ms"]["p50"] *= 1.1
     assert history_plots(History("Invented", slower))[0] != found[0]
-    doubted = copy.deepcopy(history.records)
+
+
+def test_only_points_of_records_in_doubt_are_hollow():
+    doubted = copy.deepcopy(commits(3))
     doubted[1]["dirty"] = True
-    assert history_plots(History("Invented", doubted))[0] != found[0]
+    _, _, figure = next(figures(History("Invented", doubted)))
+    markers = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    paper = figure.axes[0].get_facecolor()
+    hollow = [line for line in markers if to_rgba(line.get_markerfacecolor()) == paper]
+    assert {tuple(line.get_xdata()) for line in hollow} == {(1,)}
+    assert {tuple(line.get_xdata()) for line in markers if line not in hollow} == {(0, 2)}
 
 
 def test_many_panels_take_several_pages():
