@@ -3,8 +3,8 @@
 Each commit is checked out into a worktree. A run starts one process a side; case by case they take
 turns at blocks of calls, in random order, and the run gives one number a case: the median over
 blocks of log(B's median / A's). New processes with other addresses make the next run, since where
-memory and code happen to lie moves times by percents, for all calls of a process alike. After a third, two thirds and
-all of the runs each case that can be told is; the others go on.
+memory and code happen to lie moves times by percents, for all calls of a process alike. There are
+three looks at the runs: a case that can be told is finished, the others go on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ from .verdicts import CUT, MISSING, NEW, WRONG, Comparison, Line
 # runs at which cases are judged, in the fewest that can judge
 LOOKS = (1.0, 1.5, 2.25)
 BLOCKS, CALLS = 12, 4
+# read by libraries when a process starts
+_ENVIRONMENT = {
+    # idle threads that spin would be timed with the other side's
+    "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0",
+    # glibc keeps what was freed: by default it is an accident of sizes whether every call waits for
+    # the system to clear pages
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+}  # fmt: skip
 # a side that does not answer for so long has died
 _PATIENCE_S = 300
 
@@ -192,8 +200,7 @@ class _Sides:
         inside = "."
         if provider != OURS:
             inside = os.path.relpath(Path.cwd().resolve(), _top(Path.cwd()))
-        # idle threads that spin would be timed with the other side's
-        for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("KMP_BLOCKTIME", "0")):
+        for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([side.__name__])

@@ -2,8 +2,9 @@
 
 The README's generated parts come from docs/demo, those of docs/oracle.md from docs/oracle, which
 `make oracle` fills, those of docs/inspect.md and docs/attention.md from what compiled and from the
-table of configurations, those of docs/step.md and docs/memory-bound.md from the catalog. A
-generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+table of configurations, those of docs/step.md and docs/memory-bound.md from the catalog, that of
+docs/compare.md from docs/compare, which `python -m tests.gate_trials` fills. A generated part
+stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -79,7 +80,29 @@ def pages():
         CHECKOUT / "docs" / "attention.md": estimates.parts(),
         CHECKOUT / "docs" / "memory-bound.md": {"traffic": _traffic()},
         CHECKOUT / "docs" / "step.md": step_budget.parts(),
+        CHECKOUT / "docs" / "compare.md": {"trials": _trials()},
     }
+
+
+def _trials():
+    """How often `compare --gate` was right, of the trials that are recorded."""
+    record = json.loads((CHECKOUT / "docs" / "compare" / "trials.json").read_text())
+    rows, kinds = [], {"equals": "the same commit", "planted": f"{record['slower']:.0%} slower"}
+    for kind, words in kinds.items():
+        trials = [t for t in record["trials"] if t["kind"] == kind]
+        codes = Counter(t["exit_code"] for t in trials)
+        rows.append([f"{words}: exit code", len(trials), *(codes[code] for code in (0, 1, 2)), ""])
+        for op in record["ops"]:
+            said = Counter(t["cases"][op][0] for t in trials)
+            told = [said["same"] + said["faster"], said["slower"], said["cannot tell"]]
+            runs = sorted(t["cases"][op][2] for t in trials)
+            rows.append([f"{words}: `{op}`", len(trials), *told, runs[len(runs) // 2]])
+    seconds = sorted(t["seconds"] for t in record["trials"])
+    head = ["B is", "trials", "0: same, faster", "1: slower", "2: cannot tell", "runs, median"]
+    return (
+        f"`{record['command']}`, {record['device']}, {record['threads']} of {record['cores']} "
+        f"cores, {seconds[len(seconds) // 2]:.0f} s a comparison:\n\n" + _table(head, rows)
+    )
 
 
 def _traffic():

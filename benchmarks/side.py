@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle.sampled import expectation_of
@@ -65,6 +66,7 @@ class Side:
 
     def __init__(self, setting):
         self.setting = setting
+        self.room = _room()
         self.provider = _provider(setting)
         self.clock, self.contender = timing.clock(setting.device), None
 
@@ -114,6 +116,16 @@ class Side:
     def _call(self):
         self.contender.run(self.number)
         self.number += 1
+
+
+def _room():
+    """Memory of random sizes that nobody uses.
+
+    Processes that are forked from one have its addresses. What is allocated after this does not.
+    """
+    rng = np.random.default_rng()
+    kept = [bytearray(int(n)) for n in rng.integers(1, 1 << 16, 200)]
+    return kept[:: int(rng.integers(1, 4))], torch.empty(int(rng.integers(1, 1 << 21)))
 
 
 def _case(key):

@@ -6,7 +6,7 @@
 Each trial is the command as a user types it, in a process of its own, on a clone of this checkout;
 kinds take turns. The record is written after every trial.
 
-    --equals N, --planted N, --slower 0.03, --out FILE
+    --equals N, --planted N, --slower 0.03, --out FILE, --more to add to what the file holds
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def main(arguments=None):
     parser.add_argument("--planted", type=int, default=100)
     parser.add_argument("--slower", type=float, default=0.03)
     parser.add_argument("--out", type=Path, default=RECORD)
+    parser.add_argument("--more", action="store_true")
     given = parser.parse_args(arguments)
     left = {"equals": given.equals, "planted": given.planted}
     record = {
         "device": device_name("cpu"), "cores": len(os.sched_getaffinity(0)), "threads": 1,
         "slower": given.slower, "ops": list(OPS), "command": None, "trials": [],
     }  # fmt: skip
+    if given.more:
+        record["trials"] = _trials_of(given.out, record)
     with tempfile.TemporaryDirectory() as folder:
         clone = planted(Path(folder), given.slower)
         while any(left.values()):
@@ -72,6 +75,15 @@ def main(arguments=None):
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps(record, indent=1) + "\n")
             print(kind, trial["exit_code"], f"{trial['seconds']:.0f} s", trial["cases"], flush=True)
+
+
+def _trials_of(file, record):
+    """The trials in a file, which must be of the same machine and settings."""
+    kept = json.loads(file.read_text())
+    for key in ("device", "cores", "threads", "slower", "ops"):
+        if kept[key] != record[key]:
+            raise ValueError(f"gate_trials: {key} must be {kept[key]} for more, got {record[key]}")
+    return kept["trials"]
 
 
 def planted(folder, share):
@@ -98,6 +110,7 @@ def tried(clone, kind):
     ref = {"equals": "HEAD", "planted": "HEAD~1"}[kind]
     command = ["gaugeblock", "compare", "--gate", ref, *OPS, *_OPTIONS]
     environment = os.environ | {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", *command, "--json", str(out)],

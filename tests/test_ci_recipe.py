@@ -17,7 +17,7 @@ from tests.helpers import CHECKOUT
 
 FOLDER = CHECKOUT / "examples" / "ci"
 RECIPES = sorted(FOLDER.glob("*.yml"))
-PAGES = [CHECKOUT / "docs" / "ci.md", CHECKOUT / "docs" / "harnesses.md"]
+PAGES = [CHECKOUT / "docs" / name for name in ("ci.md", "compare.md", "benchmarks.md")]
 # what a user of Liger-Kernel would write at the top
 EXAMPLE = {
     "OP": "examples.liger_rms_norm:RMS_NORM",

@@ -23,6 +23,7 @@ from gaugeblock.benchmarks.verdicts import CUT, MISSING, NEW, WRONG
 from scipy import stats
 
 from gaugeblock.__main__ import main
+from tests.helpers import CHECKOUT
 from tests.invented_records import HOSTILE, entry, left_out, record
 
 # statistics
@@ -258,6 +259,15 @@ def test_what_is_written_agrees(tmp_path, capsys, monkeypatch):
 
 
 # commits
+
+
+def test_the_recorded_trials_keep_the_promise():
+    trials = json.loads((CHECKOUT / "docs" / "compare" / "trials.json").read_text())["trials"]
+    equals, planted = ([t for t in trials if t["kind"] == k] for k in ("equals", "planted"))
+    alarms = [t for t in equals if {c[0] for c in t["cases"].values()} & {SLOWER, FASTER}]
+    assert len(alarms) <= 0.01 * len(equals)
+    assert sum(t["exit_code"] == 1 for t in planted) >= 0.95 * len(planted) > 0
+
 
 PROVIDER = """
 import time
