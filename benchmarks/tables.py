@@ -22,8 +22,8 @@ from .words import (
 SIGNS = {"faster": "▲", "even": "≈", "slower": "▼"}
 # columns of words, set to the left; figures stand to the right
 _WORDS = {
-    "op", "case", "dtype", "history", "record", "fastest", "best peer", "next", "provider", "version",
-    "remark", "ceiling",
+    "op", "case", "dtype", "fastest", "best peer", "next", "provider", "version",
+    "remark", "ceiling", "history", "record",
 }  # fmt: skip
 RULES = (
     f"Ratio: the best peer's median time over {OURS}'s. {SIGNS['faster']} above 1: {OURS} is "
