@@ -26,7 +26,7 @@ from tests.helpers import CHECKOUT
 
 RECORD = CHECKOUT / "docs" / "compare" / "trials.json"
 OPS = ("attention", "ffn")
-_OPTIONS = ["--direction", "fwd", "--no-check"]
+_OPTIONS = ["--case", "cpu_bench", "--direction", "fwd", "--no-check"]
 _ASKED = '        return getattr(import_module(f"._{name}", __name__), name)\n'
 _PLANTED = '''
 
