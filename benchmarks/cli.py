@@ -143,17 +143,34 @@ def ceilings(
 @app.command()
 def report(
     files: list[Path] = typer.Argument(
-        None, help="Records, or folders that hold one; the newest under runs/ by default."
+        None,
+        help="Records, or folders that hold one; the newest under runs/ by default. With "
+        "--history: folders are searched to the bottom; the committed records by default.",
     ),
+    history: bool = typer.Option(
+        False, "--history", help="How each case's time went over the records, device by device."
+    ),
+    op: list[str] = typer.Option(None, help="With --history: only these ops."),
+    case: list[str] = typer.Option(None, help="With --history: only these cases."),
     markdown: Path = typer.Option(None, help="Write it here as Markdown."),
     png: Path = typer.Option(None, help="Write the plots into this folder."),
     html: Path = typer.Option(None, help="Write it here as one HTML file."),
 ):
-    """Show records: ratios to the best peer, percent of roof, plots.
+    """Show records: ratios to the best peer, percent of roof, plots; or their history.
 
     Without --markdown, --png and --html the summary is printed. Exit 2: there is no such record.
     """
-    from .report import report as write
+    forms = {"markdown": markdown, "png": png, "html": html}
+    if history:
+        from .history_report import report_history
 
-    for path in write(files or (), markdown=markdown, png=png, html=html):
+        written = report_history(files or (), ops=op or (), cases=case or (), **forms)
+    else:
+        from .report import report as write
+
+        for name, given in (("--op", op), ("--case", case)):
+            if given:
+                raise ValueError(f"report: {name} goes with --history, got {given[0]} alone")
+        written = write(files or (), **forms)
+    for path in written:
         print(path)

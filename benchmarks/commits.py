@@ -4,7 +4,7 @@ Each commit is checked out into a worktree. A run starts one process a side; cas
 turns at blocks of calls, in random order, and the run gives one number a case: the median over
 blocks of log(B's median / A's). New processes with other addresses make the next run, since where
 memory and code happen to lie moves times by percents, for all calls of a process alike. There are
-three looks at the runs: a case that can be told is finished, the others go on.
+five looks at the runs: a case that can be told is finished, the others go on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .significance import UNKNOWN, least_pairs, paired
 from .verdicts import CUT, MISSING, NEW, WRONG, Comparison, Line
 
 # runs at which cases are judged, in the fewest that can judge
-LOOKS = (1.0, 1.5, 2.25)
+LOOKS = (1.0, 1.5, 2.25, 3.5, 5.0)
 # blocks of a case in a run and calls of a block; where calls are long, as many as fit into the
 # seconds of a block, and no fewer blocks than the least
 BLOCKS, LEAST_BLOCKS, CALLS, BLOCK_S = 12, 5, 4, 0.04

@@ -67,16 +67,16 @@ def _page(record, images):
     yield markdown_summary(record)
     for alt, path in images:
         yield f"![{escape(alt)}](<{path}>)\n"
-    yield _folded("The run", "\n".join(_run(record)))
+    yield folded("The run", "\n".join(_run(record)))
     op = None
     for group in groups(record):
         if group.op != op:
             op = group.op
             body = [t for g in groups(record) if g.op == op for t in _group(record, g)]
-            yield _folded(op, "\n".join(body))
+            yield folded(op, "\n".join(body))
     if left := left_out_lines(record):
         lines = [f"- {escape(key)} ({escape(cases)})\n" for key, cases in left]
-        yield _folded("Not measured", "".join(lines))
+        yield folded("Not measured", "".join(lines))
 
 
 def _group(record, group):
@@ -99,7 +99,8 @@ def _doubts(record):
     return [f"> **Doubt:** {escape(doubt)}\n" for doubt in doubts(record)]
 
 
-def _folded(title, body):
+def folded(title, body):
+    """A part that unfolds on a click."""
     return f"<details><summary>{escape(title)}</summary>\n\n{body}\n</details>\n"
 
 

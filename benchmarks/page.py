@@ -40,7 +40,7 @@ _PAGE = """<!DOCTYPE html>
 <style>{style}</style>
 </head>
 <body>
-<header><h1>Benchmark</h1></header>
+<header><h1>{heading}</h1></header>
 <nav aria-label="Contents">
 {contents}</nav>
 <main>
@@ -127,67 +127,39 @@ _FOLDED = {"remark": "wrap", "op": "narrow", "case": "narrow"}
 
 def page(records):
     """The report of some records, as the text of one HTML file."""
-    sections = [_Section(i, record) for i, record in enumerate(records, 1)]
+    sections = [_Record(i, record) for i, record in enumerate(records, 1)]
     names = " and ".join(name_of(record) for record in records)
+    return document("Benchmark", names, sections, RULES)
+
+
+def document(heading, names, sections, rules):
+    """One HTML file of some sections, with the rules of how to read them."""
     return _PAGE.format(
         title=escape(f"Gaugeblock: {names}"),
+        heading=escape(heading),
         style=_STYLE,
-        contents=_list(
-            "".join(s.contents() for s in sections) + _link("rules", "How to read this")
+        contents=listed(
+            "".join(s.contents() for s in sections) + link("rules", "How to read this")
         ),
         body="".join(s.body() for s in sections),
-        rules="".join(f"<li>{escape(rule)}</li>\n" for rule in RULES),
+        rules="".join(f"<li>{escape(rule)}</li>\n" for rule in rules),
     )
 
 
-class _Section:
-    """One record; the names of its places begin with its number."""
+class Section:
+    """A part of a page; the names of its places begin with its number."""
 
-    def __init__(self, number, record):
-        self.number, self.record, self.tables = number, record, 0
-        self.ops = [(op, list(found)) for op, found in groupby(groups(record), lambda g: g.op)]
+    def __init__(self, number):
+        self.number, self.tables = number, 0
 
     def id(self, name):
         return f"record-{self.number}-{slug(name)}"
 
-    def contents(self):
-        names = ["The run", "Plots"] if self.record["entries"] else ["The run"]
-        names += [op for op, _ in self.ops] + ["Not measured"] * bool(self.record["left_out"])
-        inner = _list("".join(_link(self.id(name), name) for name in names))
-        link = f'<a href="#{self.id("top")}">{escape(name_of(self.record))}</a>'
-        return f"<li>{link}\n{inner}</li>\n"
-
-    def body(self):
-        head = f'<section id="{self.id("top")}" aria-labelledby="{self.id("title")}">\n'
-        head += f'<h2 id="{self.id("title")}">{escape(name_of(self.record))}</h2>\n'
-        parts = [head, *(f'<p class="doubt">{escape(d)}</p>\n' for d in doubts(self.record))]
-        parts.append(f'<p class="tally">{escape(tally_words(self.record))}</p>\n')
-        if self.record["entries"]:
-            parts.append(self.table(summary_table(self.record)))
-        parts.append(self.run())
-        if self.record["entries"]:
-            parts += [self.heading("Plots"), *self.figures()]
-        for op, found in self.ops:
-            parts += [self.heading(op), *map(self.group, found)]
-        if self.record["left_out"]:
-            parts += [self.heading("Not measured"), self.left_out()]
-        return "".join(parts) + "</section>\n"
-
     def heading(self, name):
         return f'<h3 id="{self.id(name)}">{escape(name)}</h3>\n'
 
-    def run(self):
-        rows = "".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n"
-            for name, value in facts(self.record)
-        )
-        tables = (ceilings_table(self.record), providers_table(self.record))
-        return f"{self.heading('The run')}<dl>\n{rows}</dl>\n" + "".join(
-            self.table(table) for table in tables if table and table.rows
-        )
-
-    def figures(self):
-        light, dark = (plots(self.record, "svg", dark=dark) for dark in (False, True))
+    def figures(self, light, dark):
+        """Plots as SVG, for a light and for a dark page."""
         for bright, dim in zip(light, dark):
             yield (
                 f'<figure>\n<div class="box" role="region" tabindex="0" '
@@ -196,22 +168,6 @@ class _Section:
                 f'<img alt="{escape(bright.alt)}" src="{_data(bright.data)}">\n'
                 f"</picture></div>\n<figcaption>{escape(bright.alt)}</figcaption>\n</figure>\n"
             )
-
-    def group(self, group):
-        return (
-            self.table(best_table(self.record, group))
-            + self.table(times_table(self.record, group))
-            + f"<details><summary>{escape(group.title)}: every measurement</summary>\n"
-            + self.table(detail_table(self.record, group))
-            + "</details>\n"
-        )
-
-    def left_out(self):
-        lines = "".join(
-            f'<li>{escape(why)}<span class="sub">{escape(cases)}</span></li>\n'
-            for why, cases in left_out_lines(self.record)
-        )
-        return f"<ul>\n{lines}</ul>\n"
 
     def table(self, table):
         self.tables += 1
@@ -245,6 +201,65 @@ class _Section:
             yield f"<{tag}{_class(table, i, cell.look)}>{text}</{tag.split()[0]}>"
 
 
+class _Record(Section):
+    """One record."""
+
+    def __init__(self, number, record):
+        super().__init__(number)
+        self.record = record
+        self.ops = [(op, list(found)) for op, found in groupby(groups(record), lambda g: g.op)]
+
+    def contents(self):
+        names = ["The run", "Plots"] if self.record["entries"] else ["The run"]
+        names += [op for op, _ in self.ops] + ["Not measured"] * bool(self.record["left_out"])
+        inner = listed("".join(link(self.id(name), name) for name in names))
+        name = f'<a href="#{self.id("top")}">{escape(name_of(self.record))}</a>'
+        return f"<li>{name}\n{inner}</li>\n"
+
+    def body(self):
+        head = f'<section id="{self.id("top")}" aria-labelledby="{self.id("title")}">\n'
+        head += f'<h2 id="{self.id("title")}">{escape(name_of(self.record))}</h2>\n'
+        parts = [head, *(f'<p class="doubt">{escape(d)}</p>\n' for d in doubts(self.record))]
+        parts.append(f'<p class="tally">{escape(tally_words(self.record))}</p>\n')
+        if self.record["entries"]:
+            parts.append(self.table(summary_table(self.record)))
+        parts.append(self.run())
+        if self.record["entries"]:
+            drawn = (plots(self.record, "svg", dark=dark) for dark in (False, True))
+            parts += [self.heading("Plots"), *self.figures(*drawn)]
+        for op, found in self.ops:
+            parts += [self.heading(op), *map(self.group, found)]
+        if self.record["left_out"]:
+            parts += [self.heading("Not measured"), self.left_out()]
+        return "".join(parts) + "</section>\n"
+
+    def run(self):
+        rows = "".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>\n"
+            for name, value in facts(self.record)
+        )
+        tables = (ceilings_table(self.record), providers_table(self.record))
+        return f"{self.heading('The run')}<dl>\n{rows}</dl>\n" + "".join(
+            self.table(table) for table in tables if table and table.rows
+        )
+
+    def group(self, group):
+        return (
+            self.table(best_table(self.record, group))
+            + self.table(times_table(self.record, group))
+            + f"<details><summary>{escape(group.title)}: every measurement</summary>\n"
+            + self.table(detail_table(self.record, group))
+            + "</details>\n"
+        )
+
+    def left_out(self):
+        lines = "".join(
+            f'<li>{escape(why)}<span class="sub">{escape(cases)}</span></li>\n'
+            for why, cases in left_out_lines(self.record)
+        )
+        return f"<ul>\n{lines}</ul>\n"
+
+
 def _class(table, column, look=""):
     names = [look] if look else []
     names += ["left"] if table.left(column) else []
@@ -252,11 +267,13 @@ def _class(table, column, look=""):
     return f' class="{" ".join(names)}"' if names else ""
 
 
-def _link(place, name):
+def link(place, name):
+    """An item of a list that leads to a place."""
     return f'<li><a href="#{place}">{escape(name)}</a></li>\n'
 
 
-def _list(items):
+def listed(items):
+    """Items as a list."""
     return f"<ul>\n{items}</ul>\n"
 
 

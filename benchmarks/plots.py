@@ -1,4 +1,4 @@
-"""Plots of a record: rooflines, speed against length, percent of roof.
+"""Plots of a record: rooflines, speed against length, percent of roof; and of a history.
 
 No global state of matplotlib takes part: the same record gives the same bytes.
 """
@@ -12,7 +12,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from . import plot_roofline
+from . import plot_history, plot_roofline
 from .plot_parts import (
     BLUE,
     ORANGE,
@@ -63,6 +63,15 @@ def plots(record, form="png", dark=False):
                     figure.suptitle(where, fontsize=11, x=0.01, ha="left")
                     data = _file(figure, form)
                     found.append(Plot(f"{name}-{slug(dtype)}", f"{alt} {where}.", data))
+    return found
+
+
+def history_plots(history, form="png", dark=False):
+    """The plots of a history, one or more for each op and dtype, as "png" or "svg"."""
+    found = []
+    with matplotlib.style.context(["default", style(dark)]):
+        for name, alt, figure in plot_history.figures(history):
+            found.append(Plot(name, alt, _file(figure, form)))
     return found
 
 

@@ -92,11 +92,11 @@ def _trials():
         trials = [t for t in record["trials"] if t["kind"] == kind]
         codes = Counter(t["exit_code"] for t in trials)
         rows.append([f"{words}: exit code", len(trials), *(codes[code] for code in (0, 1, 2)), ""])
-        for op in record["ops"]:
-            said = Counter(t["cases"][op][0] for t in trials)
+        for case in trials[0]["cases"]:
+            said = Counter(t["cases"][case][0] for t in trials)
             told = [said["same"] + said["faster"], said["slower"], said["cannot tell"]]
-            runs = sorted(t["cases"][op][2] for t in trials)
-            rows.append([f"{words}: `{op}`", len(trials), *told, runs[len(runs) // 2]])
+            runs = sorted(t["cases"][case][2] for t in trials)
+            rows.append([f"{words}: {case}", len(trials), *told, runs[len(runs) // 2]])
     seconds = sorted(t["seconds"] for t in record["trials"])
     head = ["B is", "trials", "0: same, faster", "1: slower", "2: cannot tell", "runs, median"]
     return (

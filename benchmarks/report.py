@@ -30,17 +30,23 @@ def report(files=(), *, markdown=None, png=None, html=None):
             print_record(record)
         return []
     written = []
-    images = _write_plots(records, Path(png)) if png else [[] for _ in records]
+    images = [[] for _ in records]
+    if png:
+        several = len(records) > 1
+        images = [
+            save_plots(plots_of(record), Path(png), f"{i}-" if several else "")
+            for i, record in enumerate(records, 1)
+        ]
     written += [path for found in images for _, path in found]
     if markdown:
         from .markdown import markdown as text_of
 
-        shown = [[(alt, _relative(path, markdown)) for alt, path in found] for found in images]
-        written.append(_write(markdown, text_of(records, shown)))
+        shown = [beside(found, markdown) for found in images]
+        written.append(write(markdown, text_of(records, shown)))
     if html:
         from .page import page
 
-        written.append(_write(html, page(records)))
+        written.append(write(html, page(records)))
     return written
 
 
@@ -62,9 +68,7 @@ def print_record(record):
     out.print(f"[bold]{escape(name_of(record))}[/] ({escape(', '.join(where))})", highlight=False)
     if record["entries"]:
         table = summary_table(record)
-        out.print(_rich(table))
-        for i, note in enumerate(table.notes, 1):
-            out.print(f"[dim]{i}[/] {escape(note)}", highlight=False)
+        print_table(out, table)
     for doubt in doubts(record):
         out.print(f"[bold yellow]doubt[/] {escape(doubt)}", highlight=False)
     if left := len(record["left_out"]):
@@ -75,13 +79,16 @@ def print_record(record):
 _COLOURS = {"faster": "bold blue", "slower": "bold dark_orange"}
 
 
-def _rich(table):
+def print_table(out, table):
+    """A table with its footnotes."""
     made = RichTable(title=escape(table.title))
     for i, name in enumerate(table.head):
         made.add_column(escape(name), justify="left" if table.left(i) else "right")
     for row in table.rows:
         made.add_row(*map(_rich_cell, row))
-    return made
+    out.print(made)
+    for i, note in enumerate(table.notes, 1):
+        out.print(f"[dim]{i}[/] {escape(note)}", highlight=False)
 
 
 def _rich_cell(cell):
@@ -91,26 +98,28 @@ def _rich_cell(cell):
     return text + (f" [dim]({', '.join(map(str, cell.notes))})[/]" if cell.notes else "")
 
 
-def _write_plots(records, folder):
-    """[(alternative text, path)] for each record; its number goes first where there are several."""
+def plots_of(record):
+    """The plots of a record; matplotlib is loaded for those who ask."""
     from .plots import plots
 
-    found = []
-    for i, record in enumerate(records, 1):
-        number = f"{i}-" if len(records) > 1 else ""
-        drawn = plots(record)
-        folder.mkdir(parents=True, exist_ok=True)
-        for plot in drawn:
-            (folder / f"{number}{plot.name}.png").write_bytes(plot.data)
-        found.append([(plot.alt, folder / f"{number}{plot.name}.png") for plot in drawn])
-    return found
+    return plots(record)
 
 
-def _relative(path, beside):
-    return Path(os.path.relpath(path, Path(beside).parent)).as_posix()
+def save_plots(drawn, folder, prefix=""):
+    """[(alternative text, path)] of some plots as PNG files in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for plot in drawn:
+        (folder / f"{prefix}{plot.name}.png").write_bytes(plot.data)
+    return [(plot.alt, folder / f"{prefix}{plot.name}.png") for plot in drawn]
 
 
-def _write(path, text):
+def beside(images, page):
+    """[(alternative text, path as a page links it)]."""
+    parent = Path(page).parent
+    return [(alt, Path(os.path.relpath(path, parent)).as_posix()) for alt, path in images]
+
+
+def write(path, text):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

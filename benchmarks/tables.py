@@ -23,7 +23,7 @@ SIGNS = {"faster": "▲", "even": "≈", "slower": "▼"}
 # columns of words, set to the left; figures stand to the right
 _WORDS = {
     "op", "case", "dtype", "fastest", "best peer", "next", "provider", "version",
-    "remark", "ceiling",
+    "remark", "ceiling", "history", "record",
 }  # fmt: skip
 RULES = (
     f"Ratio: the best peer's median time over {OURS}'s. {SIGNS['faster']} above 1: {OURS} is "

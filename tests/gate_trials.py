@@ -25,8 +25,8 @@ from gaugeblock.benchmarks.record import device_name
 from tests.helpers import CHECKOUT
 
 RECORD = CHECKOUT / "docs" / "compare" / "trials.json"
-OPS = ("ffn", "layer_norm")
-_OPTIONS = ["--direction", "fwd", "--no-check"]
+OPS = ("attention", "ffn")
+_OPTIONS = ["--case", "cpu_bench", "--direction", "fwd", "--no-check"]
 _ASKED = '        return getattr(import_module(f"._{name}", __name__), name)\n'
 _PLANTED = '''
 
@@ -120,7 +120,8 @@ def tried(clone, kind):
         raise RuntimeError(f"gate_trials: {' '.join(command)} must write a record: {done.stderr}")
     found = json.loads(out.read_text())
     cases = {
-        line["op"]: [line["verdict"], line["ratio"], line["runs"][0]] for line in found["lines"]
+        f"{line['op']} {line['case']}": [line["verdict"], line["ratio"], line["runs"][0]]
+        for line in found["lines"]
     }
     trial = {
         "kind": kind, "exit_code": done.returncode, "seconds": round(time.monotonic() - start, 1),
