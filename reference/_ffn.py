@@ -66,13 +66,7 @@ def ffn_backward(dy, cache):
 def hidden_gradient(dy, w2, z, activation):
     """dz = (dy w2ᵀ) ⊙ f'(z)."""
     da = stored(dy @ w2.T)
-
-    def dz(da, z):
-        slope = _slope(z, activation)
-        slope *= da
-        return slope
-
-    return stored(_by_pieces(dz, da, z))
+    return stored(_by_pieces(lambda da, z: da * _slope(z, activation), da, z))
 
 
 def _by_pieces(formula, *arrays):
