@@ -13,12 +13,12 @@ import contextlib
 import math
 import multiprocessing
 import os
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from gaugeblock.kernels.worktree import commit_of, git, top, worktree
 
 from . import side
 from .compare import CHANGE, FALSE_ALARM, expect_rates, line_of
@@ -44,6 +44,8 @@ _ENVIRONMENT = {
 }  # fmt: skip
 # a side that does not answer for so long has died
 _PATIENCE_S = 300
+# whose errors these are
+_GATE = "compare: gate"
 
 
 def compare_commits(
@@ -65,8 +67,9 @@ def compare_commits(
     """
     expect_rates(change, false_alarm)
     rng, begun = np.random.default_rng(seed), time.monotonic()
-    repository = CHECKOUT if provider == OURS else _top(Path.cwd())
-    with _worktrees(repository, ref) as (folders, commits), _Sides(folders, provider) as sides:
+    repository = CHECKOUT if provider == OURS else top(Path.cwd(), _GATE)
+    with _worktrees(repository, ref) as (folders, commits):
+        sides = _Sides(folders, provider)
         keys = _keys(ops, suite, sides.device, dtypes, direction, cases)
         gate = _Gate(sides, rng, change, false_alarm, say)
         gate.end = begun + (budget_s or (480 if sides.device == "cuda" else 300))
@@ -209,37 +212,42 @@ class _Sides:
     def __init__(self, folders, provider):
         inside = "."
         if provider != OURS:
-            inside = os.path.relpath(Path.cwd().resolve(), _top(Path.cwd()))
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+            inside = os.path.relpath(Path.cwd().resolve(), top(Path.cwd(), _GATE))
+        self.settings = [(str(folder), inside, provider) for folder in folders]
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([side.__name__])
-        self.provider, self.inside, self.folders = provider, inside, folders
-
-    def __enter__(self):
-        with self.context.Pool(1) as pool:
-            self.device = pool.apply(side.device)
-        return self
-
-    def __exit__(self, *raised):
-        pass
+        # the server that forks starts with the first process, and keeps its environment
+        added = {k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}
+        os.environ.update(added)
+        try:
+            with self.context.Pool(1) as pool:
+                self.device = pool.apply(side.device)
+        finally:
+            for name in added:
+                del os.environ[name]
 
     @contextlib.contextmanager
     def open(self, rng):
         """(worker of A, worker of B), started in random order."""
-        workers = [None, None]
-        try:
-            for i in rng.permutation(2):
-                setting = side.Setting(
-                    str(self.folders[i]), self.inside, self.provider, self.device, 0
-                )
-                workers[i] = _Worker(self.context, setting, "AB"[i])
-            for worker in workers:
-                worker.answer()
+        with contextlib.ExitStack() as stack:
+            try:
+                workers = self._start(rng, stack)
+            except SideError as error:
+                if not error.died:
+                    raise
+                # of hundreds of processes one may die before it is asked anything
+                workers = self._start(rng, stack)
             yield workers
-        finally:
-            for worker in filter(None, workers):
-                worker.close()
+
+    def _start(self, rng, stack):
+        workers = [None, None]
+        for i in rng.permutation(2):
+            setting = side.Setting(*self.settings[i], self.device)
+            workers[i] = _Worker(self.context, setting, "AB"[i])
+            stack.callback(workers[i].close)
+        for worker in workers:
+            worker.answer()
+        return workers
 
 
 class _Worker:
@@ -307,38 +315,16 @@ def _keys(ops, suite, device, dtypes, direction, cases):
 @contextlib.contextmanager
 def _worktrees(repository, ref):
     """(folders, (A's commit, B in words)) of two worktrees whose paths are equally long."""
-    a = _git(repository, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-    if not a:
-        raise ValueError(f"compare: gate must name a commit of {repository}, got {ref!r}")
+    a = commit_of(repository, ref, _GATE)
     me = ("-c", "user.name=gaugeblock", "-c", "user.email=gaugeblock@localhost")
-    head = _git(repository, "rev-parse", "HEAD")
-    changed = _git(repository, *me, "stash", "create")
-    if not changed and _git(repository, "status", "--porcelain", "--untracked-files=no"):
-        raise ValueError(
-            f"compare: changes in {repository} must fit into a stash, they do not; commit them"
-        )
+    head = git(repository, "rev-parse", "HEAD")
+    # a commit of what has changed, which moves no branch; nothing where nothing has
+    changed = git(repository, *me, "stash", "create")
     said = f"{head[:12]}{' with changes' if changed else ''}"
     with tempfile.TemporaryDirectory(prefix="gaugeblock-compare-") as folder:
         folders = [Path(folder) / name for name in "ab"]
-        try:
-            for path, commit in zip(folders, (a, changed or head)):
-                _git(repository, "worktree", "add", "--detach", str(path), commit)
-                if not path.is_dir():
-                    raise ValueError(f"compare: git must make a worktree of {commit}, it does not")
+        with (
+            worktree(repository, folders[0], a),
+            worktree(repository, folders[1], changed or head),
+        ):
             yield folders, (a, said)
-        finally:
-            for path in folders:
-                _git(repository, "worktree", "remove", "--force", str(path))
-
-
-def _top(folder):
-    top = _git(folder, "rev-parse", "--show-toplevel")
-    if not top:
-        raise ValueError(f"compare: {folder} must be in a git repository, it is not")
-    return Path(top)
-
-
-def _git(folder, *arguments):
-    """What git prints; nothing where it fails."""
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -38,7 +38,6 @@ class Setting:
     inside: str
     provider: str
     device: str
-    seed: int
 
 
 def serve(connection, setting):
@@ -83,13 +82,13 @@ class Side:
     def check(self, key, backward):
         """Raise `Refused` where the provider is wrong."""
         op, case = _case(key)
-        gate = Gate(op, case, key[2], self.setting.device, backward, self.setting.seed)
+        gate = Gate(op, case, key[2], self.setting.device, backward)
         gate.check(self.provider.ops[op.name], backward)
 
     def prepare(self, key):
         """Inputs and calls of a case, warm."""
         op, case = _case(key)
-        expectation = expectation_of(op, case, key[2], self.setting.seed, key[3] == "bwd")
+        expectation = expectation_of(op, case, key[2], backward=key[3] == "bwd")
         sets = InputSets(expectation, self.setting.device)
         self.contender = Contender(self.provider.name, self.provider.ops[op.name], sets, key[3])
         self.number = 0

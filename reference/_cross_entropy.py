@@ -38,42 +38,44 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, re
     index = np.where(kept, targets, 0)[..., None]
 
     with np.errstate(invalid="ignore"):
-        loss, _, p = row_losses(logits, index, kept, alpha)
+        loss, _, weights = row_losses(logits, index, kept, alpha)
         count = np.float64(kept.sum()) if reduction == "mean" else 1.0
         if reduction != "none":
             total = loss.sum()
             # or every row's loss times a share that is rounded once
             loss = otherwise(total / count, lambda: (loss * (np.ones_like(total) / count)).sum())
+        p = weights()
     return loss, (p, index, kept, count, alpha)
 
 
 def row_losses(logits, index, kept, alpha):
-    """(loss, lse, p) of each row, lse (..., 1). index: the targets, (..., 1)."""
+    """(loss, lse, function that gives p) of each row, lse (..., 1). index: targets, (..., 1)."""
     m = logits.max(-1, keepdims=True)
-    p = logits - np.where(m == -np.inf, 0.0, m)
-    p = np.exp(p, out=p)
+    e = logits - np.where(m == -np.inf, 0.0, m)
+    e = np.exp(e, out=e)
     x = np.take_along_axis(logits, index, -1)
 
     def exact():
         largest = logits.argmax(-1, keepdims=True)
-        one = np.take_along_axis(p, largest, -1)
+        one = np.take_along_axis(e, largest, -1)
         # 0, and NaN where it is NaN, as with a logit of +∞
-        np.put_along_axis(p, largest, 0.0 * one, -1)
-        others = p.sum(-1, keepdims=True)
-        np.put_along_axis(p, largest, one, -1)
+        np.put_along_axis(e, largest, 0.0 * one, -1)
+        others = e.sum(-1, keepdims=True)
+        np.put_along_axis(e, largest, one, -1)
         log = np.log1p(others)
         mean = (m - logits).mean(-1, keepdims=True) + log if alpha else 0.0
         loss = (1 - alpha) * (m - x + log) + alpha * mean
-        return loss, m + log, np.divide(p, one + others, out=p)
+        return loss, m + log, lambda: np.divide(e, one + others, out=e)
 
     def legal():
         with np.errstate(divide="ignore"):
-            lse = np.where(m == -np.inf, 0.0, m) + np.log(p.sum(-1, keepdims=True))
+            lse = np.where(m == -np.inf, 0.0, m) + np.log(e.sum(-1, keepdims=True))
         mean = lse - logits.mean(-1, keepdims=True) if alpha else 0.0
-        return (1 - alpha) * (lse - x) + alpha * mean, lse, np.exp(logits - lse)
+        loss = (1 - alpha) * (lse - x) + alpha * mean
+        return loss, lse, lambda: np.exp(logits - lse)
 
-    loss, lse, p = sharper(logits, exact, legal)
-    return np.where(kept, loss[..., 0], 0.0), lse, p
+    loss, lse, weights = sharper(logits, exact, legal)
+    return np.where(kept, loss[..., 0], 0.0), lse, weights
 
 
 def cross_entropy_backward(dloss, cache):

@@ -79,7 +79,9 @@ def test_what_is_no_commit_is_refused(repository, monkeypatch):
     with pytest.raises(ValueError, match=r"--against must name a commit of .*, got 'nowhere'"):
         rows_at("nowhere", asked)
     shutil.rmtree(".git")
-    with pytest.raises(ValueError, match=r"--against must name a commit .*: not a git repository"):
+    with pytest.raises(
+        ValueError, match=r"--against must be asked for in a repository: .*not a git repo"
+    ):
         rows_at("HEAD", asked)
 
 

@@ -25,7 +25,7 @@ from gaugeblock.reference import (
     sample,
 )
 from gaugeblock.reference._philox import keep_mask, philox, words
-from gaugeblock.reference._rounding import Arithmetic
+from gaugeblock.reference._rounding import Arithmetic, Rounded
 from gaugeblock.reference._sample import cumulative, distribution, penalised
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import check
@@ -414,6 +414,26 @@ def test_equals_at_the_edge_of_top_p_may_be_chosen_in_any_way():
         inputs = dict(logits=logits[None], u=np.array([u]))
         accepted = {i for i in range(9) if accepts(np.array([i]), inputs, options, runs).all()}
         assert accepted == right
+
+
+@pytest.mark.parametrize("roads", [False, True])
+def test_arithmetic_in_place_is_that_of_new_arrays(roads):
+    a, b = np.random.default_rng(0).standard_normal((2, 50)).astype(np.float32)
+    results = []
+    for in_place in (False, True):
+        x, y = map(Arithmetic(np.dtype(np.float16), chunk=4, roads=roads).array, (a.copy(), b))
+        if in_place:
+            x *= y
+            np.exp(x, out=x)
+            x += y
+        else:
+            x = np.exp(x * y) + y
+        assert isinstance(x, Rounded)
+        assert x.arithmetic is y.arithmetic
+        results.append(np.asarray(x))
+    np.testing.assert_array_equal(*results)
+    # and it is not plain float32's
+    assert (results[0] != np.exp(a * b) + b).any()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])

@@ -7,7 +7,6 @@ own checkout at the revision, a user's kernel by the repository that the working
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from ..sass import place
+from ..worktree import commit_of, top, worktree
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # the inspector: what reads artefacts, and what it needs
@@ -31,10 +31,10 @@ def rows_at(ref, asked):
     Raises ValueError where there is no such revision, or it cannot compile them.
     """
     repository = _repository(asked)
-    commit = _git(repository, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", ref=ref)
+    commit = commit_of(repository, ref, "inspect: --against")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "checkout"
-        with _worktree(repository, root, commit):
+        with worktree(repository, root, commit):
             if repository == CHECKOUT:
                 _give_inspector(root)
             return commit, _rows(asked, repository, root, ref)
@@ -43,31 +43,13 @@ def rows_at(ref, asked):
 def _repository(asked):
     """The root of the repository whose history is meant."""
     if "kernel" in asked:
-        return Path(_git(Path.cwd(), "rev-parse", "--show-toplevel")).resolve()
+        return top(Path.cwd(), "inspect: --against")
     if not (CHECKOUT / ".git").exists():
         raise ValueError(
             f"inspect: --against needs Gaugeblock's own git checkout for ops of the catalog, got "
             f"{CHECKOUT}; clone it and run there"
         )
     return CHECKOUT
-
-
-def _git(folder, *arguments, ref=None):
-    ran = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
-    if ran.returncode:
-        said = (ran.stderr.strip().splitlines() or ["no such commit"])[-1]
-        name = f"{ref!r}" if ref else f"git {arguments[0]}"
-        raise ValueError(f"inspect: --against must name a commit of {folder}, got {name}: {said}")
-    return ran.stdout.strip()
-
-
-@contextlib.contextmanager
-def _worktree(repository, root, commit):
-    _git(repository, "worktree", "add", "--detach", "--quiet", str(root), commit)
-    try:
-        yield
-    finally:
-        _git(repository, "worktree", "remove", "--force", str(root))
 
 
 def _give_inspector(root):
