@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gaugeblock.kernels.worktree import state_of
 
 from . import ceilings, honesty, roofline, timing
 from .calls import Contender, InputSets
@@ -54,6 +55,11 @@ def bench(ops=(), *, suite="quick", providers=None, dtypes=None, direction="both
     return run.into(Path(out) if out else Path("runs") / f"bench-{stamp}")
 
 
+def _state(provider):
+    """A provider's own commit, where it comes from elsewhere."""
+    return dict(zip(("commit", "dirty"), state_of(provider.file))) if provider.file else {}
+
+
 class _Run:
     def __init__(
         self, ops, suite, names, dtypes, direction, device, budget_s, seed, say, since=None
@@ -78,7 +84,7 @@ class _Run:
             missing |= {p.name: "takes long to start: in the full suite, or named" for p in late}
         self.record = new_record(device)
         self.record["providers"] = {
-            **{p.name: {"version": p.version, "reason": None, "note": p.note}
+            **{p.name: {"version": p.version, "reason": None, "note": p.note} | _state(p)
                for p in self.providers},
             **{name: {"version": None, "reason": reason} for name, reason in missing.items()},
         }  # fmt: skip

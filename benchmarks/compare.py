@@ -60,7 +60,8 @@ class _Side:
 
     def __init__(self, path, provider, normalise):
         self.path, self.records = Path(path), [load_record(file) for file in _files(Path(path))]
-        commits = {r["commit"] for r in self.records}
+        self.states = [_state(record, provider) for record in self.records]
+        commits = {state["commit"] for state in self.states}
         if len(commits) > 1:
             raise ValueError(
                 f"compare: {path} must hold runs of one commit, got {len(commits)}; give a folder "
@@ -80,10 +81,16 @@ class _Side:
         return all(record["complete"] for record in self.records)
 
     def words(self):
-        commit = (self.records[0]["commit"] or "unknown commit")[:12]
-        dirty = " with changes" if any(r["dirty"] for r in self.records) else ""
+        commit = (self.states[0]["commit"] or "unknown commit")[:12]
+        dirty = " with changes" if any(state["dirty"] for state in self.states) else ""
         runs = len(self.records)
         return f"{self.path}, {runs} run{'s' if runs > 1 else ''} of {commit}{dirty}"
+
+
+def _state(record, provider):
+    """What holds "commit" and "dirty" of a provider: what is said of it, or else the record."""
+    own = record["providers"].get(provider, {})
+    return own if "commit" in own else record
 
 
 def _files(path):

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from gaugeblock.kernels.worktree import state_of
 
 from . import telemetry
 
@@ -32,7 +32,7 @@ _NEEDED = (
 
 def new_record(device):
     """A record with nothing in it yet, for "cpu" or "cuda"."""
-    commit, dirty = _commit()
+    commit, dirty = state_of(__file__)
     return {
         "schema": SCHEMA,
         "device": device_name(device),
@@ -144,17 +144,3 @@ def _machine(device):
             "capability": f"{chip.major}.{chip.minor}",
         }
     return found
-
-
-def _commit():
-    """(commit, whether files differ from it); (None, None) outside of a checkout."""
-
-    def git(*arguments):
-        return subprocess.run(
-            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None

@@ -9,7 +9,10 @@ from pathlib import Path
 
 def git(folder, *arguments):
     """What git prints. Raises ValueError with git's own last line where it fails."""
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
+    except OSError as error:
+        raise ValueError(f"git must run, it does not: {error}") from None
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise ValueError(f"git {arguments[0]} in {folder}: {said}")
@@ -30,6 +33,17 @@ def commit_of(repository, ref, option):
         return git(repository, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
     except ValueError:
         raise ValueError(f"{option} must name a commit of {repository}, got {ref!r}") from None
+
+
+def state_of(file):
+    """(commit, whether files differ from it) of what tracks a file; (None, None): nothing does."""
+    file = Path(file).resolve()
+    try:
+        git(file.parent, "ls-files", "--error-unmatch", file.name)
+        commit = git(file.parent, "rev-parse", "HEAD")
+        return commit, bool(git(file.parent, "status", "--porcelain", "--untracked-files=no"))
+    except ValueError:
+        return None, None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The bench times what is right, and nothing that pretends to be fast."""
 
 import json
+import subprocess
 import threading
 import time
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from gaugeblock.benchmarks.pytest_timer import AdvancingTimer
 from gaugeblock.benchmarks.record import CHECKOUT, load_record, slug
 from gaugeblock.benchmarks.telemetry import Telemetry, summed_up
 from gaugeblock.kernels.ceilings import copy_gb_s
+from gaugeblock.kernels.worktree import git
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.helpers import gaugeblock, python
@@ -380,11 +382,17 @@ def test_the_command_says_whether_our_own_kernel_was_refused(tmp_path):
         "from gaugeblock.kernels import eager\n"
         "mine = Provider('mine', '1', {'layer_norm': lambda x, w, b, eps=1e-5: 1.01 * x})\n"
     )
+    me = ("-c", "user.name=n", "-c", "user.email=e@localhost")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "mine")):
+        subprocess.run(["git", *me, *command], cwd=tmp_path, check=True)
     arguments = ("layer_norm", "--direction", "fwd", "--budget-s", "8", "--out", "out")
     ran = gaugeblock("bench", *arguments, "--providers", "mine:mine,gaugeblock", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     record = load_record(tmp_path / "out")
     assert set(times(record)) == {"gaugeblock"}
+    mine = record["providers"]["mine"]
+    assert mine["commit"] == git(tmp_path, "rev-parse", "HEAD") != record["commit"]
+    assert mine["dirty"] is False
     assert [x["reason"][:6] for x in record["left_out"] if x["refused"]] == ["wrong "]
     assert "layer_norm fwd" in ran.stdout
     broken = (

@@ -441,6 +441,8 @@ def test_a_provider_may_come_from_elsewhere(tmp_path, monkeypatch):
     assert ([p.name for p in found], missing) == (["mine"], {})
     found, _ = load("cpu", ["mine_of_a_test:mine", OURS, "torch_eager"])
     assert [p.name for p in found] == [OURS, "mine", "torch_eager"]
+    files = [p.file for p in found]
+    assert files == [None, str(tmp_path / "mine_of_a_test.py"), None]
     for name, rule in (
         ("theirs", "a name of its own, got 'torch_eager'"),
         ("ours", "a name of its own, got 'gaugeblock_fast'"),

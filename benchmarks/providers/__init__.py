@@ -11,8 +11,9 @@ device. Adding a peer is adding such a file; those that begin with an underscore
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pkgutil import iter_modules
@@ -45,6 +46,7 @@ class Provider:
              it may leave to an exception.
     note:    what the name does not say, for the report.
     slow_start: whether it compiles or searches for many seconds before its first answer.
+    file:    where it was imported from, if from elsewhere; `load` fills it in.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Provider:
     limits: Callable = everything
     note: str = ""
     slow_start: bool = False
+    file: str | None = None
 
     def cannot(self, op, case, dtype, direction):
         """Why this provider is not asked for a case, or None."""
@@ -103,7 +106,7 @@ def _from_elsewhere(name, known):
         raise ValueError(f"bench: {name} must be a Provider, got {type(provider).__name__}")
     if provider.name in known or OURS in provider.name:
         raise ValueError(f"bench: {name} must have a name of its own, got {provider.name!r}")
-    return provider
+    return replace(provider, file=sys.modules[name.partition(":")[0]].__file__)
 
 
 def library(module, package):
