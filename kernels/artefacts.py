@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from .inspect import aot_cases
+from .inspect import aot_cases, tables
 from .sass import MATRIX
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -77,10 +77,7 @@ def _short(row):
     """What the record keeps of a row: of the instructions, those that a product may become."""
     held = row["occupancy"] or dict.fromkeys(("programs", "share", "limiter"))
     products = {k: n for k, n in row["instructions"].items() if k in (*MATRIX, "FFMA")}
-    config = row["config"]
-    blocks = "×".join(str(v) for k, v in config.items() if k.startswith("BLOCK"))
-    tile = f"{blocks} {config.get('EPILOGUE', '')}".strip()
-    return {**row, **held, "products": products, "tile": tile}
+    return {**row, **held, "products": products, "tile": tables.tile(row["config"])}
 
 
 def parts(path=RECORD):

@@ -103,12 +103,15 @@ def test_the_unpaired_interval_is_welchs():
 
 
 def runs(folder, factor=1.0, n=6, entries=None, **changes):
-    """A folder of runs whose times are scattered by a thousandth."""
-    rng = np.random.default_rng(len(str(folder)))
+    """A folder of runs whose times are scattered by a thousandth: by its name, and the case."""
+    of_run = entries or [("wide", 1.0), ("narrow", 0.2)]
+    scatter = {
+        case: np.random.default_rng([*f"{folder.name} {case}".encode()]).standard_normal(n)
+        for case, _ in of_run
+    }
     for i in range(n):
-        of_run = entries or [("wide", 1.0), ("narrow", 0.2)]
         made = [
-            entry("gaugeblock", ms * factor * (1 + 1e-3 * rng.standard_normal()), case=case)
+            entry("gaugeblock", ms * factor * (1 + 1e-3 * scatter[case][i]), case=case)
             for case, ms in of_run
         ]
         made.append(entry("eager", 5.0))
@@ -160,13 +163,14 @@ def test_a_provider_from_elsewhere_has_a_commit_of_its_own(tmp_path):
 
 
 def test_the_level_is_shared_by_the_cases(tmp_path):
-    few = compare(runs(tmp_path / "a"), runs(tmp_path / "b"))
-    cases = [(f"case{i}", 1.0) for i in range(40)] + [("wide", 1.0)]
-    many = compare(*(runs(tmp_path / name, entries=cases) for name in "cd"))
-    widths = [
-        np.mean([math.log(line.high / line.low) for line in found.lines]) for found in (few, many)
-    ]
-    assert widths[1] > 1.5 * widths[0]
+    def width(folder, others):
+        entries = [(f"case{i}", 1.0) for i in range(others)] + [("wide", 1.0)]
+        found = compare(*(runs(folder / name, entries=entries) for name in "ab"))
+        wide = next(line for line in found.lines if line.case == "wide")
+        return math.log(wide.high / wide.low)
+
+    # the times of one case, whose level is a half and a fortieth of the whole's
+    assert width(tmp_path / "many", 39) > 1.4 * width(tmp_path / "few", 1)
 
 
 def test_missing_new_and_cut_cases(tmp_path):
@@ -288,7 +292,8 @@ def test_the_recorded_trials_keep_the_promise():
     alarms, equals, found, planted = kept_promise(CHECKOUT / "docs" / "compare" / "trials.json")
     assert alarms <= 0.01 * equals
     assert found >= 0.95 * planted
-    assert min(equals, planted) > 0
+    assert equals >= 100
+    assert planted >= 50
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ Nothing heavy is imported before one is asked for.
 
 from importlib import import_module
 
-__all__ = ["TARGETS", "aot_cases", "inspect", "inspect_kernel", "save"]
+__all__ = ["TARGETS", "aot_cases", "inspect", "inspect_kernel"]
 
 
 def __getattr__(name):

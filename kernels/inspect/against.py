@@ -20,7 +20,7 @@ from ..worktree import commit_of, top, worktree
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # the inspector: what reads artefacts, and what it needs
-_INSPECTOR = ("inspect", "sass.py", "occupancy.py", "user_kernel.py")
+_INSPECTOR = ("inspect", "sass.py", "occupancy.py", "user_kernel.py", "worktree.py")
 
 
 def rows_at(ref, asked):

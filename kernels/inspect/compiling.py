@@ -11,12 +11,10 @@ Needs a process of its own in which Triton's interpreter is off.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import warnings
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -289,10 +287,3 @@ def _read(compiled, target):
         | {"instructions": {}, "narrow_offsets": None, "passed": False}
         | {"reason": f"does not compile: {user_kernel.explain(compiled)}"}
     )
-
-
-def save(rows, path):
-    """Write the rows as JSON."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
