@@ -13,14 +13,13 @@ from gaugeblock.kernels.worktree import state_of
 
 from . import ceilings, honesty, roofline, timing
 from .calls import Contender, InputSets
-from .gate import DIRECTIONS, Gate, Refused, free_memory
-from .plan import planned
+from .gate import Gate, Refused, free_memory
+from .plan import planned, settled
 from .providers import OURS
 from .providers import load as load_providers
 from .record import Writer, new_record
 from .telemetry import Telemetry, summed_up
 
-DTYPES = ("float32", "float16", "bfloat16")
 # the share of the budget that the ceilings may take, before and after
 _CEILINGS = 0.1
 # a case gets this share of what is left at least: rather few cases than none well
@@ -66,16 +65,8 @@ class _Run:
     ):  # fmt: skip
         self.device, self.seed, self.say = device, seed, say
         self.started = time.monotonic() if since is None else since
+        dtypes, self.directions = settled(dtypes, direction, budget_s, device)
         self.budget_s = budget_s or (480 if device == "cuda" else 60)
-        if self.budget_s <= 0:
-            raise ValueError(f"bench: budget-s must be more than 0, got {budget_s}")
-        dtypes = tuple(dtypes or (("bfloat16",) if device == "cuda" else ("float32",)))
-        for dtype in dtypes:
-            if dtype not in DTYPES:
-                raise ValueError(f"bench: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if direction not in (*DIRECTIONS, "both"):
-            raise ValueError(f"bench: direction must be fwd, bwd or both, got {direction!r}")
-        self.directions = DIRECTIONS if direction == "both" else (direction,)
         self.points = [(op, c, d) for op, c in planned(ops, suite, device) for d in dtypes]
         self.providers, missing = load_providers(device, names)
         if names is None and suite == "quick":

@@ -52,8 +52,13 @@ def bench(
     raise typer.Exit(1 if wrong else 0)
 
 
+# of `compare`, without a meaning for records
+_GATE_ONLY = ("suite", "dtype", "direction", "case", "budget_s", "check", "seed")
+
+
 @app.command()
 def compare(
+    context: typer.Context,
     sides: list[Path] = typer.Argument(
         None,
         metavar="A B",
@@ -109,6 +114,8 @@ def compare(
             gate, list(map(str, sides)), suite=suite, dtypes=dtype, direction=direction,
             cases=case or (), budget_s=budget_s, check=check, seed=seed, **rates, **accepted,
         )  # fmt: skip
+    elif given := [name for name in _GATE_ONLY if _given(context, name)]:
+        raise ValueError(f"compare: --{given[0].replace('_', '-')} goes with --gate, got records")
     elif len(sides) != 2:
         raise ValueError(f"compare: sides must be two records or folders, got {len(sides)}")
     else:
@@ -118,6 +125,10 @@ def compare(
     found.show()
     found.write(json, junit, markdown)
     raise typer.Exit(found.exit_code)
+
+
+def _given(context, name):
+    return context.get_parameter_source(name).name != "DEFAULT"
 
 
 @app.command()

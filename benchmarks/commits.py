@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from gaugeblock.kernels.worktree import commit_of, git, top, worktree
+from gaugeblock.reference.oracle.worker import broke_device
 
 from . import side
 from .compare import CHANGE, FALSE_ALARM, expect_rates, line_of
-from .gate import DIRECTIONS
-from .plan import planned
-from .providers import OURS
-from .record import CHECKOUT, device_name, installed
+from .plan import planned, settled
+from .providers import OURS, installed
+from .record import CHECKOUT, device_name
 from .significance import UNKNOWN, least_pairs, paired
 from .verdicts import CUT, MISSING, NEW, WRONG, Comparison, Line
 
@@ -42,8 +42,11 @@ _ENVIRONMENT = {
     # the system to clear pages
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
 }  # fmt: skip
-# a side that does not answer for so long has died
+# the share of the time that checks may take
+CHECKS = 0.5
+# a side that does not answer for so long is given up
 _PATIENCE_S = 300
+_SPENT = "the time budget was spent"
 # whose errors these are
 _GATE = "compare: gate"
 
@@ -66,14 +69,18 @@ def compare_commits(
     compared.
     """
     expect_rates(change, false_alarm)
+    if provider != OURS and ":" not in provider:
+        raise ValueError(f"{_GATE}: provider must be {OURS} or module:object, got {provider!r}")
     rng, begun = np.random.default_rng(seed), time.monotonic()
     repository = CHECKOUT if provider == OURS else top(Path.cwd(), _GATE)
     with _worktrees(repository, ref) as (folders, commits):
-        sides = _Sides(folders, provider)
-        keys = _keys(ops, suite, sides.device, dtypes, direction, cases)
-        gate = _Gate(sides, rng, change, false_alarm, say)
-        gate.end = begun + (budget_s or (480 if sides.device == "cuda" else 300))
-        lines = gate.run(keys, check, {NEW: accept_new, MISSING: accept_missing})
+        sides = _Sides(folders, repository, provider)
+        dtypes, directions = settled(dtypes, direction, budget_s, sides.device)
+        keys = _keys(ops, suite, sides.device, dtypes, directions, cases)
+        accepted = {NEW: accept_new, MISSING: accept_missing}
+        left_s = (budget_s or (480 if sides.device == "cuda" else 300)) + begun - time.monotonic()
+        gate = _Gate(sides, rng, change, false_alarm, accepted, left_s, say)
+        lines = gate.run(keys, check)
         about = {
             "A": f"{ref}, {commits[0][:12]}", "B": commits[1],
             "device": device_name(sides.device),
@@ -84,68 +91,86 @@ def compare_commits(
 
 
 class _Gate:
-    def __init__(self, sides, rng, change, false_alarm, say):
+    def __init__(self, sides, rng, change, false_alarm, accepted, left_s, say):
         self.sides, self.rng, self.say = sides, rng, say
-        self.change, self.false_alarm = change, false_alarm
+        self.change, self.false_alarm, self.accepted = change, false_alarm, accepted
+        self.begun, self.budget_s = time.monotonic(), left_s
         self.ratios, self.times, self.failed = {}, {}, {}
 
-    def run(self, keys, check, accepted):
+    @property
+    def left_s(self):
+        return self.begun + self.budget_s - time.monotonic()
+
+    def run(self, keys, check):
         """The lines of all cases that one side or both can do."""
         with self.sides.open(self.rng) as pair:
-            keys, lines = self._both(pair, keys, accepted)
+            keys, lines = self._both(pair, keys)
         if check:
-            keys, wrong = self._right(keys)
-            lines += wrong
+            keys, not_timed = self._right(keys)
+            lines += not_timed
         if not keys:
             return lines
         self.level = self.false_alarm / (len(keys) * len(LOOKS))
         fewest = least_pairs(self.level)
         looks, left = [math.ceil(share * fewest) for share in LOOKS], list(keys)
         self.ratios, self.times = ({key: [] for key in keys} for _ in range(2))
+        # kernels that were not checked compile in the first run
+        typical = 1 if check else 2
         for number in range(1, looks[-1] + 1):
             begun = time.monotonic()
             self._run(left)
             took = time.monotonic() - begun
             left = [key for key in left if key not in self.failed]
-            if number == 1:
-                left = self._that_fit(left, took, fewest)
+            if number == typical:
+                left = self._that_fit(left, took, fewest - number)
             if number in looks:
-                left = [key for key in left if self._line(key).verdict == UNKNOWN]
-                self.say(f"{number} runs: {len(keys) - len(left)} of {len(keys)} cases told")
-            if not left or time.monotonic() + took > self.end:
+                left = [key for key in left if self._line(key).verdict in (UNKNOWN, CUT)]
+                told = sum(self._line(key).verdict not in (UNKNOWN, CUT) for key in keys)
+                self.say(f"{number} runs: {told} of {len(keys)} cases told")
+            if not left or took > self.left_s:
                 break
         return lines + [self._line(key) for key in keys]
 
-    def _both(self, pair, keys, accepted):
+    def _both(self, pair, keys):
         """(keys that both sides do, lines of those that one does)."""
         cannot = [worker.ask("cannot", keys) for worker in pair]
         kept, lines = [], []
         for key in keys:
             a, b = (found[key] for found in cannot)
             if a and not b:
-                lines.append(Line(*key, NEW, reason=f"A {a}", accepted=accepted[NEW]))
+                lines.append(self._absent(key, NEW, f"A {a}"))
             elif b and not a:
-                lines.append(Line(*key, MISSING, reason=f"B {b}", accepted=accepted[MISSING]))
+                lines.append(self._absent(key, MISSING, f"B {b}"))
             elif not a:
                 kept.append(key)
         return kept, lines
 
+    def _absent(self, key, verdict, reason):
+        return Line(*key, verdict, reason=reason, accepted=self.accepted[verdict])
+
     def _right(self, keys):
-        """(keys of cases in which both sides are right, lines of those in which one is not)."""
-        wrong = {}
+        """(keys of cases in which both sides are right, lines of the others)."""
+        lines = {}
         for op, case, dtype in dict.fromkeys(key[:3] for key in keys):
             of_case = [key for key in keys if key[:3] == (op, case, dtype)]
+            if self.left_s < (1 - CHECKS) * self.budget_s:
+                lines |= {key: Line(*key, CUT, reason=_SPENT) for key in of_case}
+                continue
             # in processes of their own: one may die of it
             with self.sides.open(self.rng) as pair:
-                for worker in pair:
-                    worker.send("check", of_case[0], any(key[3] == "bwd" for key in of_case))
-                for worker in pair:
-                    try:
-                        worker.answer()
-                    except SideError as error:
-                        wrong |= dict.fromkeys(of_case, str(error))
-        kept = [key for key in keys if key not in wrong]
-        return kept, [Line(*key, WRONG, reason=reason) for key, reason in wrong.items()]
+                backward = any(key[3] == "bwd" for key in of_case)
+                error = _of_both(pair, "check", of_case[0], backward)
+            if error:
+                lines |= {key: self._failure(key, error) for key in of_case}
+        return [key for key in keys if key not in lines], list(lines.values())
+
+    def _failure(self, key, error):
+        """The line of a case that has no times, since a side failed in it."""
+        if error.late:
+            return Line(*key, CUT, reason=str(error))
+        if error.letter == "A":
+            return self._absent(key, NEW, str(error))
+        return Line(*key, WRONG, reason=str(error))
 
     def _run(self, keys):
         """One pair of new processes: a log ratio more for each case."""
@@ -166,8 +191,8 @@ class _Gate:
         """(A's, B's) median of each block, in milliseconds."""
         try:
             # what comes first may find more room, or less
-            for i in self.rng.permutation(2):
-                pair[i].ask("prepare", key)
+            if error := _of_both([pair[i] for i in self.rng.permutation(2)], "prepare", key):
+                raise error
             blocks, end = [], time.monotonic() + 2 * BLOCKS * BLOCK_S
             while len(blocks) < BLOCKS:
                 if len(blocks) >= LEAST_BLOCKS and time.monotonic() > end:
@@ -178,42 +203,59 @@ class _Gate:
                 blocks.append(block)
         finally:
             for worker in pair:
-                worker.ask("release")
+                if not worker.died:
+                    worker.ask("release")
         return np.transpose(blocks)
 
-    def _that_fit(self, keys, took, fewest):
-        """The first keys of which the fewest runs that can tell anything fit into the time."""
-        share = (self.end - time.monotonic()) / max(took * (fewest - 1), 1e-9)
+    def _that_fit(self, keys, took, runs):
+        """The first keys of which so many runs fit into the time."""
+        share = self.left_s / max(took * runs, 1e-9)
         return keys[: max(1, math.floor(len(keys) * share))]
 
     def _line(self, key):
         if key in self.failed:
-            return Line(*key, WRONG, reason=str(self.failed[key]))
-        ratios, (a, b) = self.ratios[key], np.median(self.times[key], axis=0)
-        found = {"a_ms": float(a), "b_ms": float(b), "runs": (len(ratios),) * 2}
+            return self._failure(key, self.failed[key])
+        ratios = self.ratios[key]
+        if not ratios:
+            return Line(*key, CUT, reason=_SPENT)
+        a, b = np.median(self.times[key], axis=0)
+        found = {"a": float(a), "b": float(b), "runs": (len(ratios),) * 2, "log_ratios": ratios}
         if len(ratios) < least_pairs(self.level):
-            reason = "the time budget was spent"
-            ratio = math.exp(np.median(ratios))
-            return Line(*key, CUT, ratio=ratio, reason=reason, log_ratios=ratios, **found)
-        return line_of(key, paired(ratios, self.level), self.change, log_ratios=ratios, **found)
+            return Line(*key, CUT, ratio=math.exp(np.median(ratios)), reason=_SPENT, **found)
+        return line_of(key, paired(ratios, self.level), self.change, **found)
+
+
+def _of_both(pair, method, *arguments):
+    """Ask both; None, or the error of one, B's if there is one."""
+    for worker in pair:
+        worker.send(method, *arguments)
+    errors = []
+    for worker in pair:
+        try:
+            worker.answer()
+        except SideError as error:
+            errors.append(error)
+    return max(errors, key=lambda error: error.letter, default=None)
 
 
 class SideError(ValueError):
-    """What a side said instead of an answer; died: whether it will say no more."""
+    """What a side said instead of an answer.
 
-    def __init__(self, message, died=False):
+    letter: A or B. died: whether it will say no more. late: whether it may only be slow.
+    """
+
+    def __init__(self, letter, message, died=False, late=False):
         super().__init__(message)
-        self.died = died
+        self.letter, self.died, self.late = letter, died, late
 
 
 class _Sides:
     """Starts the processes of the two worktrees, forks of one that has imported what they need."""
 
-    def __init__(self, folders, provider):
-        inside = "."
-        if provider != OURS:
-            inside = os.path.relpath(Path.cwd().resolve(), top(Path.cwd(), _GATE))
-        self.settings = [(str(folder), inside, provider) for folder in folders]
+    def __init__(self, folders, repository, provider):
+        inside = "." if provider == OURS else os.path.relpath(Path.cwd().resolve(), repository)
+        of_both = str(repository), inside, provider
+        self.settings = [(str(folder), *of_both) for folder in folders]
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload([side.__name__])
         # the server that forks starts with the first process, and keeps its environment
@@ -252,7 +294,7 @@ class _Sides:
 
 class _Worker:
     def __init__(self, context, setting, letter):
-        self.letter = letter
+        self.letter, self.died = letter, False
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=side.serve, args=(theirs, setting), daemon=True)
         self.process.start()
@@ -263,22 +305,28 @@ class _Worker:
         return self.answer()
 
     def send(self, method, *arguments):
-        try:
+        # a process that died has nothing to say: `answer` finds that out
+        with contextlib.suppress(OSError):
             self.connection.send((method, arguments))
-        except OSError:
-            raise SideError(f"the process of {self.letter} died", died=True) from None
 
     def answer(self):
         try:
             if not self.connection.poll(_PATIENCE_S):
-                said = f"{self.letter} has not answered for {_PATIENCE_S} s"
-                raise SideError(said, died=True)
+                raise self._lost(f"{self.letter} has not answered for {_PATIENCE_S} s", late=True)
             kind, result = self.connection.recv()
         except (EOFError, OSError):
-            raise SideError(f"the process of {self.letter} died", died=True) from None
+            raise self._lost(f"the process of {self.letter} died") from None
+        if kind == "elsewhere":
+            raise ValueError(f"{_GATE}: {result}")
+        if kind == "error" and broke_device(result):
+            raise self._lost(f"{self.letter}: {result}")
         if kind == "error":
-            raise SideError(f"{self.letter}: {result}")
+            raise SideError(self.letter, f"{self.letter}: {result}")
         return result
+
+    def _lost(self, message, late=False):
+        self.died = True
+        return SideError(self.letter, message, died=True, late=late)
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -289,12 +337,8 @@ class _Worker:
         self.connection.close()
 
 
-def _keys(ops, suite, device, dtypes, direction, cases):
+def _keys(ops, suite, device, dtypes, directions, cases):
     """[(op, case, dtype, direction)], the most valuable first."""
-    dtypes = tuple(dtypes or (("bfloat16",) if device == "cuda" else ("float32",)))
-    if direction not in (*DIRECTIONS, "both"):
-        raise ValueError(f"compare: direction must be fwd, bwd or both, got {direction!r}")
-    directions = DIRECTIONS if direction == "both" else (direction,)
     plan = planned(ops, suite, device)
     known = {case.name for _, case in plan}
     for name in cases:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from gaugeblock.benchmarks.record import device_name, installed, slug
+from gaugeblock.benchmarks.providers import installed
+from gaugeblock.benchmarks.record import device_name, slug
 from gaugeblock.benchmarks.telemetry import driver
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

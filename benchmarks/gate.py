@@ -14,7 +14,7 @@ from gaugeblock.reference.oracle.adapters import TorchAdapter
 from gaugeblock.reference.oracle.result import describe
 from gaugeblock.reference.oracle.sampled import expectation_of
 
-DIRECTIONS = ("fwd", "bwd")
+from .plan import DIRECTIONS
 
 
 class Refused(Exception):

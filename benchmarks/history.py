@@ -87,13 +87,14 @@ class History:
                     self.cases and e["case"] not in self.cases
                 ):
                     continue
-                key = e["op"], e["case"], e["dtype"], e["direction"]
-                lines = found.setdefault(key, (shape_words(e["shape"]), {}))[1]
+                # a name may come to mean another shape
+                key = e["op"], e["case"], e["dtype"], e["direction"], shape_words(e["shape"])
+                lines = found.setdefault(key, {})
                 line = lines.setdefault(e["provider"], [None] * len(self.records))
                 line[i] = e
         ops = list(dict.fromkeys(key[0] for key in found))
         keys = sorted(found, key=lambda key: ops.index(key[0]))
-        return [Panel(*key, found[key][0], _ours_first(found[key][1])) for key in keys]
+        return [Panel(*key, _ours_first(found[key])) for key in keys]
 
     def changes(self):
         """Where a record's driver, torch or triton is another than the one's before it."""

@@ -25,6 +25,8 @@ def report_history(files=(), *, ops=(), cases=(), markdown=None, png=None, html=
     if not (markdown or png or html):
         for history in found:
             _print(history)
+        for rule in RULES:
+            console().print(f"[dim]{rich_escape(rule)}[/]", highlight=False)
         return []
     written, images = [], [[] for _ in found]
     if png:

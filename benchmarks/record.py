@@ -6,19 +6,20 @@ The form is `record.schema.json`. Records worth keeping lie in `results/<device>
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import sys
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from gaugeblock.kernels.worktree import state_of
 
 from . import telemetry
+from .providers import installed
 
 SCHEMA = 1
 NAME = "record.json"
@@ -95,7 +96,32 @@ def load_record(path):
     missing = [key for key in _NEEDED if key not in record]
     if missing:
         raise ValueError(f"record: {file} must hold {', '.join(missing)}; it was not written whole")
+    _expect_content(file, record)
     return record
+
+
+def _expect_content(file, record):
+    """What every reader of records relies on."""
+    try:
+        aware = datetime.fromisoformat(record["started"]).tzinfo
+    except (TypeError, ValueError):
+        aware = None
+    if aware is None:
+        raise ValueError(
+            f"record: {file} must say when it started, with a time zone, got {record['started']!r}"
+        )
+    seen = set()
+    for entry in record["entries"]:
+        try:
+            what = tuple(entry[name] for name in ("op", "case", "dtype", "direction", "provider"))
+            ms = entry["time_ms"]["p50"]
+        except (KeyError, TypeError):
+            raise ValueError(f"record: {file} must hold entries of bench, got {entry!r}") from None
+        if not (isinstance(ms, int | float) and 0 < ms < math.inf):
+            raise ValueError(f"record: {file} must hold times of more than 0 ms, got {ms!r}")
+        if what in seen:
+            raise ValueError(f"record: {file} must hold a case once, got {' '.join(what)} twice")
+        seen.add(what)
 
 
 def device_name(device):
@@ -108,14 +134,6 @@ def device_name(device):
 def slug(name):
     """A device's name as a folder's: "NVIDIA H200" is nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def installed(package):
-    """The version of a package, None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor():

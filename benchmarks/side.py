@@ -29,19 +29,24 @@ from .providers import load as load_providers
 @dataclass(frozen=True)
 class Setting:
     """
-    folder:   the worktree.
-    inside:   the working folder in it.
-    provider: a name, or module:object.
+    folder:     the worktree.
+    repository: what it is a worktree of.
+    inside:     the working folder in it.
+    provider:   ours, or module:object.
     """
 
     folder: str
+    repository: str
     inside: str
     provider: str
     device: str
 
 
 def serve(connection, setting):
-    """Answer requests (method, arguments) with ("ok", result) or ("error", one line); None ends."""
+    """Answer requests (method, arguments) with ("ok", result) or ("error", one line); None ends.
+
+    ("elsewhere", one line): nothing that this side says would be of its commit.
+    """
     try:
         side = Side(setting)
     except Exception as error:
@@ -52,6 +57,8 @@ def serve(connection, setting):
         method, arguments = request
         try:
             connection.send(("ok", getattr(side, method)(*arguments)))
+        except Elsewhere as error:
+            connection.send(("elsewhere", str(error)))
         except Exception as error:
             connection.send(("error", _said(error)))
 
@@ -84,6 +91,7 @@ class Side:
         op, case = _case(key)
         gate = Gate(op, case, key[2], self.setting.device, backward)
         gate.check(self.provider.ops[op.name], backward)
+        _expect_from_worktree(self.setting)
 
     def prepare(self, key):
         """Inputs and calls of a case, warm."""
@@ -95,6 +103,8 @@ class Side:
         for _ in range(timing.WARM_UPS):
             self._call()
         self.clock.synchronize()
+        # the calls may have imported more
+        _expect_from_worktree(self.setting)
 
     def time(self, calls, budget_s):
         """Milliseconds of so many calls, fewer where they take long; on a GPU with a cold cache.
@@ -142,20 +152,42 @@ def _provider(setting):
     if setting.provider == OURS:
         # the rooms that measure are imported already, the kernels are not
         gaugeblock.__path__.insert(0, str(folder))
-        module = "gaugeblock.kernels"
     else:
         os.chdir(working)
         sys.path[:0] = [str(working), *map(str, filter(Path.is_dir, [folder / "src"]))]
-        module = setting.provider.partition(":")[0]
     found, missing = load_providers(setting.device, [setting.provider])
     if missing:
         raise ValueError(*missing.values())
-    if not Path(sys.modules[module].__file__).resolve().is_relative_to(folder):
-        raise ValueError(
-            f"{module} must come from the worktree, it came from {sys.modules[module].__file__}; "
-            "an installed copy stands in its way"
-        )
+    _expect_from_worktree(setting)
     return found[0]
+
+
+class Elsewhere(ValueError):
+    """What is measured is not that of the worktree."""
+
+
+def _expect_from_worktree(setting):
+    """Refuse to go on where the repository's own files are what is measured.
+
+    An editable installation, or a folder on PYTHONPATH, offers those of the checkout on both sides.
+    """
+    ours = setting.provider == OURS
+    measured = "gaugeblock.kernels" if ours else setting.provider.partition(":")[0]
+    folder, repository = (Path(f).resolve() for f in (setting.folder, setting.repository))
+    # a virtual environment may lie in the repository
+    prefix = Path(sys.prefix).resolve()
+    for name, module in list(sys.modules.items()):
+        if not getattr(module, "__file__", None):
+            continue
+        file = Path(module.__file__)
+        its = name == measured or name.startswith(f"{measured}.")
+        theirs = not ours and file.is_relative_to(repository) and not file.is_relative_to(prefix)
+        measures = name.partition(".")[0] == "gaugeblock" or name in ("__main__", "__mp_main__")
+        if (its or (theirs and not measures)) and not file.resolve().is_relative_to(folder):
+            raise Elsewhere(
+                f"{name} must come from the worktree, it came from {file}; an installed copy "
+                "stands in its way, or the commit lacks it"
+            )
 
 
 def _said(error):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gaugeblock.benchmarks import ceilings, honesty, roofline
 from gaugeblock.benchmarks.calls import Contender, InputSets
-from gaugeblock.benchmarks.gate import DIRECTIONS, Gate, Refused
-from gaugeblock.benchmarks.plan import planned
+from gaugeblock.benchmarks.gate import Gate, Refused
+from gaugeblock.benchmarks.plan import DIRECTIONS, planned
 from gaugeblock.benchmarks.providers import OURS, load
 from gaugeblock.benchmarks.pytest_timer import AdvancingTimer
 

@@ -22,7 +22,6 @@ MISSING, NEW, CUT, WRONG = "missing", "new", "cut short", "wrong"
 _ORDER = (WRONG, SLOWER, MISSING, NEW, CUT, UNKNOWN, FASTER, SAME)
 _COLOURS = {WRONG: "bold red", SLOWER: "bold red", MISSING: "bold red", NEW: "bold red",
             CUT: "yellow", UNKNOWN: "yellow", FASTER: "bold blue"}  # fmt: skip
-_HEAD = ("op", "case", "dtype", "direction", "A ms", "B ms", "B / A", "interval", "runs", "verdict")
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Line:
     """One case in one direction.
 
     ratio: B's time over A's, between low and high; None where there is none, or no such end.
+    a, b:     the sides' times, in the comparison's unit.
     accepted: whether a missing or new case was acknowledged.
     """
 
@@ -41,8 +41,8 @@ class Line:
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
-    a_ms: float | None = None
-    b_ms: float | None = None
+    a: float | None = None
+    b: float | None = None
     runs: tuple[int, int] = (0, 0)
     reason: str = ""
     accepted: bool = False
@@ -65,13 +65,14 @@ class Comparison:
     """A against B on one machine.
 
     change: the smallest change looked for; false_alarm: how often a comparison of equals may call
-    any of its cases faster or slower. about: facts, as {"A": "…", "device": "…"}.
+    any of its cases faster or slower. about: facts, as {"A": "…", "device": "…"}. unit: of times.
     """
 
     lines: list[Line]
     change: float
     false_alarm: float
     about: dict[str, str]
+    unit: str = "ms"
 
     @property
     def exit_code(self):
@@ -100,11 +101,16 @@ class Comparison:
     def ordered(self):
         return sorted(self.lines, key=lambda line: (_ORDER.index(line.verdict), line.name))
 
+    def head(self):
+        sides = f"A {self.unit}", f"B {self.unit}"
+        return ("op", "case", "dtype", "direction", *sides, "B / A", "interval", "runs", "verdict")
+
     def json(self):
         lines = [asdict(line) for line in self.ordered()]
         whole = {
             "schema": 1, "exit_code": self.exit_code, "change": self.change,
-            "false_alarm": self.false_alarm, "about": self.about, "lines": lines,
+            "false_alarm": self.false_alarm, "about": self.about, "unit": self.unit,
+            "lines": lines,
         }  # fmt: skip
         return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
@@ -117,11 +123,9 @@ class Comparison:
             failures=str(counted[1]), errors=str(counted[2]),
         )  # fmt: skip
         for line in self.ordered():
+            name = _printable(f"{line.case} {line.dtype} {line.direction}")
             case = ElementTree.SubElement(
-                suite,
-                "testcase",
-                classname=line.op,
-                name=f"{line.case} {line.dtype} {line.direction}",
+                suite, "testcase", classname=_printable(line.op), name=name
             )
             if line.code:
                 kind = ElementTree.SubElement(case, kinds[line.code], message=_words(line))
@@ -130,20 +134,22 @@ class Comparison:
 
     def markdown(self):
         lines = [list(map(plain, _cells(line))) for line in self.ordered()]
-        rows = [_HEAD, ["---"] * 4 + ["---:"] * 5 + ["---"], *lines]
+        rows = [self.head(), ["---"] * 4 + ["---:"] * 5 + ["---"], *lines]
         table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        about = "".join(f"- {name}: {plain(value)}\n" for name, value in self.about.items())
+        about = "".join(
+            f"- {name}: {plain(_printable(value))}\n" for name, value in self.about.items()
+        )
         return f"## Compared: {self.summary()}\n\n{about}\n{table}\n<sub>{self.rule()}</sub>\n"
 
     def show(self):
         """Print it."""
-        out, table = console(), Table(*_HEAD)
+        out, table = console(), Table(*self.head())
         for line in self.ordered():
             colour = _COLOURS.get(line.verdict)
             *cells, verdict = map(escape, _cells(line))
             table.add_row(*cells, f"[{colour}]{verdict}[/]" if colour else verdict)
         for name, value in self.about.items():
-            out.print(f"{name}: {escape(value)}", highlight=False)
+            out.print(f"{name}: {escape(_printable(value))}", highlight=False)
         out.print(table)
         out.print(f"[dim]{self.rule()}[/]", highlight=False)
         out.print(self.summary(), highlight=False)
@@ -166,12 +172,16 @@ def _cells(line):
         low, high = (NOTHING if x is None else f"{x:.3f}" for x in (line.low, line.high))
         between = f"{low} … {high}"
     runs = str(line.runs[0]) if line.runs[0] == line.runs[1] else "/".join(map(str, line.runs))
-    return [
-        line.op, line.case, line.dtype, line.direction, figure(line.a_ms), figure(line.b_ms),
-        NOTHING if line.ratio is None else f"{line.ratio:.3f}", between, runs, _words(line),
-    ]  # fmt: skip
+    names = map(_printable, (line.op, line.case, line.dtype, line.direction))
+    ratio = NOTHING if line.ratio is None else f"{line.ratio:.3f}"
+    return [*names, figure(line.a), figure(line.b), ratio, between, runs, _words(line)]
 
 
 def _words(line):
     note = "; ".join(filter(None, [line.reason, "acknowledged" if line.accepted else ""]))
-    return f"{line.verdict} ({note})" if note else line.verdict
+    return _printable(f"{line.verdict} ({note})" if note else line.verdict)
+
+
+def _printable(text):
+    """Text without the characters that steer a terminal, which XML does not allow either."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

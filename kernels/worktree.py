@@ -49,8 +49,12 @@ def state_of(file):
 @contextlib.contextmanager
 def worktree(repository, folder, commit):
     """While it lasts, the commit's files are in the folder, which must not be there yet."""
+    # what a killed process left behind
+    git(repository, "worktree", "prune")
     git(repository, "worktree", "add", "--detach", "--quiet", str(folder), commit)
     try:
         yield
     finally:
-        git(repository, "worktree", "remove", "--force", str(folder))
+        # a folder that cannot be removed must not cost the result
+        with contextlib.suppress(ValueError):
+            git(repository, "worktree", "remove", "--force", str(folder))

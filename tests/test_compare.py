@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
 import subprocess
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from gaugeblock.benchmarks import commits
 from gaugeblock.benchmarks.compare import compare
 from gaugeblock.benchmarks.significance import (
     FASTER,
@@ -158,7 +161,7 @@ def test_a_provider_from_elsewhere_has_a_commit_of_its_own(tmp_path):
     found = compare(of(tmp_path / "a", "a", "a"), of(tmp_path / "b", "b", "b"))
     assert found.about["A"].endswith("6 runs of " + "a" * 12)
     assert found.about["B"].endswith("6 runs of " + "b" * 12 + " with changes")
-    with pytest.raises(ValueError, match="runs of one commit, got 2"):
+    with pytest.raises(ValueError, match=r"runs of one commit, got a{12} and b{12} with changes;"):
         compare(of(tmp_path / "mixed", "a", "b"), tmp_path / "a")
 
 
@@ -197,6 +200,97 @@ def test_missing_new_and_cut_cases(tmp_path):
     assert "wrong y" in wrong.ordered()[0].reason
 
 
+def changed(folder, change, which=()):
+    """The folder of runs, some of its records (all by default) changed in place."""
+    for path in sorted(folder.rglob("record.json")):
+        if not which or int(path.parent.name) in which:
+            found = json.loads(path.read_text())
+            change(found)
+            path.write_text(json.dumps(found))
+    return folder
+
+
+def without(*left, complete=True):
+    """A change of a record: no time of narrow, with these reasons."""
+
+    def change(found):
+        found["entries"] = [e for e in found["entries"] if e["case"] != "narrow"]
+        found["left_out"], found["complete"] = list(left), complete
+
+    return change
+
+
+REFUSED = left_out("gaugeblock", "wrong y", case="narrow") | {"refused": True}
+SPENT = left_out(None, "the time budget of 5 s was spent", case="narrow")
+
+
+def test_what_was_wrong_in_one_run_is_wrong(tmp_path):
+    a, b = runs(tmp_path / "a", n=7), changed(runs(tmp_path / "b", n=7), without(REFUSED), {3})
+    found = compare(a, b)
+    assert verdicts(found) == {"wide": SAME, "narrow": WRONG}
+    assert (found.exit_code, found.ordered()[0].reason) == (1, "wrong y")
+    assert compare(a, b, accept_new=True, accept_missing=True).exit_code == 1
+    # a commit that repairs it has nothing to be compared with
+    assert verdicts(compare(b, a)) == {"wide": SAME, "narrow": NEW}
+    assert compare(b, a, accept_new=True).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "verdict"),
+    [
+        (without(SPENT), without(SPENT), CUT),
+        (without(SPENT), without(), CUT),
+        (without(), without(SPENT), CUT),
+        (without(), without(REFUSED), WRONG),
+        (without(SPENT), without(REFUSED), WRONG),
+        (without(REFUSED), without(SPENT), CUT),
+        (without(REFUSED), without(), None),
+        (without(), without(), None),
+    ],
+)
+def test_what_no_side_has_a_time_of_is_named(tmp_path, of_a, of_b, verdict):
+    found = compare(changed(runs(tmp_path / "a"), of_a), changed(runs(tmp_path / "b"), of_b))
+    assert verdicts(found).get("narrow") == verdict
+    assert found.exit_code == {CUT: 2, WRONG: 1, None: 0}[verdict]
+
+
+def test_one_whole_run_settles_that_a_case_is_missing(tmp_path):
+    a, b = runs(tmp_path / "a"), changed(runs(tmp_path / "b"), without())
+    unfinished = changed(b, without(complete=False), {0, 1})
+    assert verdicts(compare(a, unfinished))["narrow"] == MISSING
+    assert verdicts(compare(a, changed(b, without(complete=False))))["narrow"] == CUT
+
+
+def test_another_shape_is_another_case(tmp_path):
+    def wider(found):
+        for e in found["entries"]:
+            e["shape"]["N"] *= 2 if e["case"] == "wide" else 1
+
+    a, b = runs(tmp_path / "a"), changed(runs(tmp_path / "b"), wider)
+    found = compare(a, b)
+    assert verdicts(found) == {"wide": NEW, "narrow": SAME}
+    assert "M=64 N=768 in A, M=64 N=1536 in B" in found.ordered()[0].reason
+    assert (found.exit_code, compare(a, b, accept_new=True).exit_code) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda r: r["entries"].append(r["entries"][0]), "must hold a case once"),
+        (lambda r: r["entries"][0]["time_ms"].update(p50=0.0), "times of more than 0 ms, got 0.0"),
+        (lambda r: r["entries"][0]["time_ms"].update(p50=math.nan), "more than 0 ms, got nan"),
+        (lambda r: r["entries"][0]["time_ms"].update(p50=math.inf), "more than 0 ms, got inf"),
+        (lambda r: r["entries"][0].pop("time_ms"), "must hold entries of bench"),
+        (lambda r: r.update(started="2026-01-02T03:04:05"), "with a time zone"),
+        (lambda r: r.update(started=None), "must say when it started"),
+    ],
+)
+def test_a_damaged_record_is_refused(tmp_path, damage, said):
+    a = runs(tmp_path / "a")
+    with pytest.raises(ValueError, match=said):
+        compare(a, changed(runs(tmp_path / "b"), damage, {2}))
+
+
 @pytest.mark.parametrize(
     "changes", [{"device": "Other"}, {"driver": "2"}, {"torch": "3.0"}, {"triton": "4"},
                 {"machine": {"cores": 4}}]
@@ -222,15 +316,20 @@ def test_times_are_normalised_by_their_own_ceilings(tmp_path):
         for e in none["entries"]:
             e["roof_ms"] = None
         path.write_text(json.dumps(none))
+    assert "A × roof" in compare(a, a, normalise=True).markdown()
     with pytest.raises(ValueError, match="must hold ceilings"):
         compare(a, b, normalise=True)
 
 
 def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
-    a, b = runs(tmp_path / "a"), runs(tmp_path / "b", commit="0" * 16)
+    states = tmp_path / "states"
+    a, b = runs(states / "a"), runs(states / "b", commit="0" * 16)
+    twice = shutil.copytree(a, tmp_path / "else" / "twice")
+    shutil.copytree(a / "0", twice / "9")
     (tmp_path / "empty").mkdir()
     for arguments, said in [
-        ((tmp_path, a), "runs of one commit, got 2"),
+        ((states, a), "runs of one commit, got 000000000000 and abcdef012345;"),
+        ((twice, a), "must hold runs, got one twice"),
         ((a, tmp_path / "empty"), "must hold a record.json"),
         ((a, tmp_path / "absent"), "must be readable"),
         ((a,), "two records or folders, got 1"),
@@ -241,6 +340,12 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
         (("--gate", "no-such-commit"), "gate must name a commit"),
         (("--gate", "HEAD", "--direction", "up"), "direction must be"),
         (("--gate", "HEAD", "--case", "none_such"), "case must be one of"),
+        (("--gate", "HEAD", "--dtype", "flaot32"), "dtype must be one of"),
+        (("--gate", "HEAD", "--budget-s", "0"), "budget-s must be more than 0"),
+        (("--gate", "HEAD", "--provider", "torch_eager"), "provider must be"),
+        ((a, a, "--dtype", "float32"), "--dtype goes with --gate, got records"),
+        ((a, a, "--no-check"), "--check goes with --gate"),
+        ((a, a, "--json", a), "Is a directory"),
     ]:
         with pytest.raises(SystemExit) as exit:
             main(["compare", *map(str, arguments)])
@@ -350,13 +455,25 @@ def repository(tmp_path, monkeypatch):
     return commit
 
 
+def changed_provider(old, new):
+    """Side B, not committed."""
+    text = Path("bench_mine.py").read_text()
+    assert old in text
+    Path("bench_mine.py").write_text(text.replace(old, new))
+
+
+GATE = (
+    "compare", "--gate", "HEAD~1", "layer_norm", "--provider", "bench_mine:mine",
+    "--direction", "fwd",
+)  # fmt: skip
+
+
 def gate(*options):
     """(exit code, {direction: line})."""
-    arguments = ["compare", "--gate", "HEAD~1", "layer_norm", "--provider", "bench_mine:mine"]
+    Path("out.json").unlink(missing_ok=True)
     # five runs can tell, where one in five may be a false alarm
-    arguments += ["--false-alarm", "0.2", "--change", "0.2", "--json", "out.json", *options]
     with pytest.raises(SystemExit) as exit:
-        main([*arguments, "--direction", "fwd"])
+        main([*GATE, "--false-alarm", "0.2", "--change", "0.2", "--json", "out.json", *options])
     found = json.loads(Path("out.json").read_text())
     return exit.value.code, {line["direction"]: line for line in found["lines"]}, found
 
@@ -394,15 +511,98 @@ def test_nothing_that_is_wrong_is_timed(repository):
 
 def test_a_side_that_dies_is_a_line_and_no_end(repository):
     repository()
-    repository.write()
-    text = Path("bench_mine.py").read_text()
-    Path("bench_mine.py").write_text(
-        text.replace("    start = time", "    import os; os._exit(3)\n    start = time")
-    )
+    changed_provider("    start = time", "    import os; os._exit(3)\n    start = time")
     for options in ((), ("--no-check",)):
         code, lines, _ = gate(*options, "--gate", "HEAD")
         assert (code, lines["fwd"]["verdict"]) == (1, WRONG)
         assert lines["fwd"]["reason"] == "the process of B died"
+
+
+def test_a_commit_that_repairs_a_case_has_nothing_to_be_compared_with(repository):
+    repository(error=1.0)
+    repository()
+    for options, want in (((), 1), (("--accept-new",), 0)):
+        code, lines, _ = gate(*options)
+        assert (code, lines["fwd"]["verdict"]) == (want, NEW)
+        assert lines["fwd"]["reason"].startswith("A: Refused: wrong")
+    # where both are wrong, B is
+    code, lines, _ = gate("--gate", "HEAD~1", "--accept-new")
+    repository(error=1.0)
+    assert lines["fwd"]["verdict"] == NEW
+    code, lines, _ = gate("--gate", "HEAD~2", "--accept-new")
+    assert (code, lines["fwd"]["verdict"]) == (1, WRONG)
+
+
+def test_a_broken_device_costs_its_process_and_no_other_case(repository):
+    repository()
+    # on a device that is broken every later call fails, too
+    changed_provider(
+        "\n\ndef layer_norm",
+        """
+broken = False
+
+
+def fault(gradient):
+    global broken
+    broken = True
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def layer_norm""",
+    )
+    changed_provider("    start = time", "    if broken:\n        fault(0)\n    start = time")
+    changed_provider("    return", "    y.requires_grad and y.register_hook(fault)\n    return")
+    code, lines, _ = gate("--no-check", "--gate", "HEAD", "--direction", "both", "--seed", "1")
+    assert (code, lines["bwd"]["verdict"]) == (1, WRONG)
+    assert "illegal memory access" in lines["bwd"]["reason"]
+    assert lines["fwd"]["verdict"] not in (WRONG, CUT)
+
+
+def test_a_side_that_hangs_is_slow_and_not_wrong(repository, monkeypatch):
+    repository()
+    changed_provider("    start = time", "    time.sleep(60)\n    start = time")
+    monkeypatch.setattr(commits, "_PATIENCE_S", 8)
+    start = time.monotonic()
+    code, lines, _ = gate("--no-check", "--gate", "HEAD")
+    assert (code, lines["fwd"]["verdict"]) == (2, CUT)
+    assert lines["fwd"]["reason"] == "B has not answered for 8 s"
+    # it is not asked again
+    assert time.monotonic() - start < 20
+
+
+def test_checks_leave_time_for_timing(repository):
+    repository()
+    code, lines, _ = gate("--gate", "HEAD", "--budget-s", "0.01")
+    assert (code, lines["fwd"]["verdict"], lines["fwd"]["runs"]) == (2, CUT, [0, 0])
+    assert lines["fwd"]["reason"] == "the time budget was spent"
+
+
+def test_a_case_is_compared_once(repository):
+    repository()
+    repository(slower=True)
+    _, _, found = gate("--no-check", "--dtype", "float32", "--dtype", "float32", "layer_norm")
+    assert len(found["lines"]) == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_the_provider_imports_comes_from_the_worktree_too(
+    repository, monkeypatch, capsys, late
+):
+    """A helper in the repository, which an editable installation would offer to both sides."""
+    repository()
+    Path("lib").mkdir()
+    Path("lib/timing_helper.py").write_text("")
+    monkeypatch.syspath_prepend(str(Path("lib").absolute()))
+    before = "    start = time" if late else "import torch\n"
+    indent = before[: -len(before.lstrip())]
+    changed_provider(before, f"{indent}import timing_helper\n{before}")
+    for check in ("--check", "--no-check"):
+        with pytest.raises(SystemExit) as exit:
+            main([*GATE, check, "--gate", "HEAD"])
+        assert exit.value.code == 2
+        err = capsys.readouterr().err
+        assert "timing_helper must come from the worktree, it came from" in err
+        assert err.count("\n") == 1
 
 
 def test_a_process_that_dies_as_it_starts_is_started_again(repository, tmp_path):
@@ -449,11 +649,13 @@ def test_what_the_time_does_not_suffice_for_is_cut_short(repository):
     assert (code, lines["fwd"]["verdict"]) == (2, CUT)
     # one run was made, which shows a ratio and proves nothing
     assert lines["fwd"]["runs"] == [1, 1]
-    assert lines["fwd"]["ratio"] == pytest.approx(1.5, rel=0.2)
+    assert lines["fwd"]["ratio"] == pytest.approx(math.exp(lines["fwd"]["log_ratios"][0]))
     assert (lines["fwd"]["low"], lines["fwd"]["high"]) == (None, None)
 
 
-def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(repository, monkeypatch, tmp_path):
+def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(
+    repository, monkeypatch, tmp_path, capsys
+):
     repository()
     repository()
     # an old commit that had no such file
@@ -464,5 +666,6 @@ def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(repository, monkey
     (tmp_path / "elsewhere" / "bench_mine.py").write_text(PROVIDER.format(slower=False, error=0.0))
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     with pytest.raises(SystemExit) as exit:
-        main(["compare", "--gate", "HEAD~1", "layer_norm", "--provider", "bench_mine:mine"])
+        main([*GATE])
     assert exit.value.code == 2
+    assert "bench_mine must come from the worktree" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pkgutil import iter_modules
 
 import torch
@@ -107,6 +107,14 @@ def _from_elsewhere(name, known):
     if provider.name in known or OURS in provider.name:
         raise ValueError(f"bench: {name} must have a name of its own, got {provider.name!r}")
     return replace(provider, file=sys.modules[name.partition(":")[0]].__file__)
+
+
+def installed(package):
+    """The version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def library(module, package):

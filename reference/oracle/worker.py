@@ -38,13 +38,18 @@ def check_apart(op, candidate, *, timeout=None, shrink=False, **settings):
                 continue
             results, report.not_checked = answer
             report.results += results
-            if any(fault in r.hint for r in results for fault in _DEVICE_FAULTS):
+            if any(broke_device(r.hint) for r in results):
                 worker.restart()
         if shrink:
             shrink_failures(report, lambda r, seconds: worker.shrink(r, seconds, timeout))
     finally:
         worker.stop()
     return report
+
+
+def broke_device(message):
+    """Whether nothing more works on the device in the process that said this."""
+    return any(fault in message for fault in _DEVICE_FAULTS)
 
 
 class _Lost:
