@@ -43,7 +43,8 @@ def sources(folder=CHECKOUT / "kernels"):
     """SHA-256 over the modules of the ops, what they share, and their tables of configurations."""
     digest = hashlib.sha256()
     for path in [*sorted(folder.glob("_[a-z]*")), folder / "configurations"]:
-        for file in sorted(path.rglob("*.[jp]*")) if path.is_dir() else [path]:
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in (file for file in files if file.suffix in (".py", ".json")):
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0")
             digest.update(file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -28,7 +28,9 @@ COUNTED = (
     *MATRIX, *TMA, "FFMA", "FFMA2", "MUFU", "LDG", "STG", "LDGSTS", "LDS", "LDSM", "STS", "STSM",
     "BAR", "LDL", "STL",
 )  # fmt: skip
-_WIDTH = re.compile(r"[US]?(8|16|32|64|128|256)")
+# bits that one thread loads or stores with an instruction
+WIDTHS = (8, 16, 32, 64, 128, 256)
+_WIDTH = re.compile(rf"[US]?({'|'.join(map(str, WIDTHS))})")
 # a product of tiles in Triton's first representation: its options, rows and type
 _PRODUCT = re.compile(r"tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)>")
 # Bytes that may wait on the stack from before a loop until after it: four registers, each stored
@@ -40,9 +42,10 @@ def read_artefact(compiled, target, *, wide_offsets=False):
     """What the compiler made, and the verdict on it.
 
     -> {"target", "triton", "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy",
-    "threads", "instructions", "bounds", "narrow_offsets", "passed", "reason"}. Registers, spills,
-    occupancy, threads and bounds are None on AMD chips; bounds, too, where warps differ in what
-    they run. wide_offsets: an address computed in 32 bits fails the kernel.
+    "threads", "product_units", "instructions", "bounds", "narrow_offsets", "passed", "reason"}.
+    Registers, spills, occupancy, threads and bounds are None on AMD chips; bounds, too, where warps
+    differ in what they run. product_units: what `products` says. wide_offsets: an address computed
+    in 32 bits fails the kernel.
     """
     row = {
         "target": target, "triton": compiled.metadata.triton_version, "registers": None,
@@ -68,26 +71,27 @@ def read_artefact(compiled, target, *, wide_offsets=False):
         warps = compiled.metadata.num_warps
         row["bounds"] = bounds(code, target, warps) if row["threads"] == 32 * warps else None
     else:
-        products = compiled.asm["amdgcn"].count("v_mfma")
-        row["instructions"] = {"v_mfma": products} if products else {}
+        found = compiled.asm["amdgcn"].count("v_mfma")
+        row["instructions"] = {"v_mfma": found} if found else {}
         row["bounds"] = None
     # Gluon's kernels have no first representation to follow
     ttir = compiled.asm.get("ttir")
     row["narrow_offsets"] = None if ttir is None else narrow_offsets(ttir)
-    reasons = _reasons(row, ttir or "", compiled.metadata.num_warps)
+    row["product_units"] = products(ttir or "", target, compiled.metadata.num_warps)
+    reasons = _reasons(row)
     if wide_offsets and row["narrow_offsets"]:
         reasons.append(f"computes {row['narrow_offsets']} addresses in 32 bits")
     return row | {"passed": not reasons, "reason": "; ".join(reasons)}
 
 
-def _reasons(row, ttir, warps):
+def _reasons(row):
     """Why the machine code fails its gate; other chips than sm_80 and sm_90 have none."""
     target = row["target"]
     if target not in ("sm_80", "sm_90"):
         return []
     reasons = [
         f"runs products without {name}"
-        for name in products(ttir, target, warps)
+        for name in row["product_units"]
         if name not in row["instructions"]
     ]
     if row["spills_in_loops"] or row["spills"] > _PARKED:
@@ -159,10 +163,11 @@ def spills_in_loops(code):
 
 
 def products(ttir, target, warps):
-    """The instructions that the kernel's products of tiles must become on sm_80 or sm_90, sorted.
+    """The instructions that the kernel's products of tiles must become, sorted.
 
-    On sm_90 a product of 64 rows or more in warps by fours is a warpgroup's. float32 products run
-    on the ordinary units, unless they may be rounded to TF32.
+    Known for sm_80 and sm_90; FFMA, the ordinary units', everywhere. On sm_90 a product of 64 rows
+    or more in warps by fours is a warpgroup's. float32 products run on the ordinary units, unless
+    they may be rounded to TF32.
     """
     names = set()
     for options, rows, dtype in _PRODUCT.findall(ttir):

@@ -17,10 +17,14 @@ _WORD = re.compile(rf"\*{{0,2}}(?:{'|'.join(_TYPES)})|tensordesc<.+>")
 _ASK = "inspect: signature"
 
 
+class Absent(ValueError):
+    """There is no module, or nothing in it, of that name."""
+
+
 def load(name):
     """(kernel, its autotuner's configurations) of "module:function"; the working folder first.
 
-    Raises ValueError where there is no such kernel, with the reason.
+    Raises ValueError with the reason where there is no such kernel: `Absent` where it is not there.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
@@ -31,10 +35,12 @@ def load(name):
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"inspect: {module} must import, it does not: {said}") from None
+        name = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        kind = Absent if name and f"{module}.".startswith(f"{name}.") else ValueError
+        raise kind(f"inspect: {module} must import, it does not: {said}") from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"inspect: {module} must define {attribute}, it does not")
+            raise Absent(f"inspect: {module} must define {attribute}, it does not")
         found = getattr(found, part)
     return unwrap(found, name)
 
@@ -135,6 +141,8 @@ def explain(error):
 
 def constant(text):
     """A constexpr as the command line gives it: Python's literals, tl.float32, or a word."""
+    if text in ("inf", "-inf", "nan"):
+        return float(text)
     if text.startswith("tl.") and isinstance(getattr(tl, text[3:], None), tl.dtype):
         return getattr(tl, text[3:])
     try:

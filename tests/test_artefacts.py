@@ -84,7 +84,10 @@ def test_any_change_of_a_kernel_changes_the_hash(tmp_path):
     (tmp_path / "_op.py").rename(tmp_path / "_other.py")
     seen.append(artefacts.sources(tmp_path))
     assert len(set(seen)) == 6
-    for name in ("__init__.py", "cli.py", "inspect.py"):
+    (tmp_path / "_folder" / "__pycache__").mkdir()
+    for name in (
+        "__init__.py", "cli.py", "inspect.py", "_folder/__pycache__/forward.cpython-311.pyc",
+    ):  # fmt: skip
         (tmp_path / name).write_text("not a kernel")
     assert artefacts.sources(tmp_path) == seen[-1]
 

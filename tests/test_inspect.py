@@ -8,8 +8,8 @@ from gaugeblock.reference.catalog import CATALOG
 from tests.helpers import gaugeblock, python
 
 KEYS = {"op", "case", "dtype", "kernel", "config", "target", "triton", "registers", "spills",
-        "spills_in_loops", "shared_bytes", "occupancy", "instructions", "narrow_offsets", "passed",
-        "reason", "source", "threads", "bounds", "launched", "work", "estimate"}  # fmt: skip
+        "spills_in_loops", "shared_bytes", "occupancy", "product_units", "instructions",
+        "narrow_offsets", "passed", "reason", "source", "threads", "bounds", "launched", "work", "estimate"}  # fmt: skip
 KERNELS = [name for name, op in CATALOG.items() if op.kernel is None]
 FIRST = {
     name: next(
@@ -150,6 +150,7 @@ def scale_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr, SQUARE: tl.conste
 
 blocks = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in ((256, 2), (512, 4), (256, 2))]
 tuned = triton.autotune(blocks, key=["n"])(scale_kernel)
+half = triton.autotune([triton.Config({"BLOCK": b}) for b in (100, 256)], key=["n"])(scale_kernel)
 guessed = triton.heuristics({"SQUARE": lambda a: a["n"] > 1})(tuned)
 
 @triton.jit
@@ -211,6 +212,7 @@ ASK = {
     "unknown constexpr": ("mine:scale_kernel", "*fp32,*fp32,i32,fp32", {"BLOK": 1024}),
     "does not compile": ("mine:broken_kernel", "*fp32", {"BLOCK": 64}),
     "does not compile within": ("mine:outer_kernel", "*fp32", {"BLOCK": 64}),
+    "one of two compiles": ("mine:half", "*fp32:16,*fp32:16,i32:16,fp32", {}),
     "not a power of two": ("mine:scale_kernel", "*fp32,*fp32,i32,fp32", {"BLOCK": 100}),
 }  # fmt: skip
 SCRIPT = """
@@ -321,14 +323,33 @@ def test_gluons_kernels_are_read_too(answers):
         ("unknown hint", "may add :16 (divisible by 16) or :1 to a type, got :8"),
         ("no constexpr", "scale_kernel needs its constexpr BLOCK, got none; give --constexpr"),
         ("unknown constexpr", "must be a parameter of scale_kernel (x_ptr, "),
-        ("does not compile", "mine:broken_kernel does not compile for sm_90: NameError("),
-        ("does not compile within", "NameError('missing is not defined'), line 2 of the function"),
-        ("not a power of two", "must be a power of 2, line 2 of the function"),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(answers, question, message):
     assert message in answers[question]
     assert "\n" not in answers[question]
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("does not compile", "does not compile: NameError("),
+        ("does not compile within", "NameError('missing is not defined'), line 2 of the function"),
+        ("not a power of two", "must be a power of 2, line 2 of the function"),
+    ],
+)
+def test_what_does_not_compile_is_a_row_that_fails(answers, question, message):
+    (row,) = answers[question]
+    assert message in row["reason"]
+    assert "\n" not in row["reason"]
+    assert (row["passed"], row["registers"], row["occupancy"]) == (False, None, None)
+
+
+def test_one_configuration_that_does_not_compile_costs_no_other(answers):
+    bad, good = answers["one of two compiles"]
+    assert [row["config"]["BLOCK"] for row in (bad, good)] == [100, 256]
+    assert bad["reason"].startswith("does not compile: ")
+    assert good["passed"], good["reason"]
 
 
 def test_a_kernel_of_the_catalog_that_fails_is_a_row(tmp_path):
@@ -342,7 +363,7 @@ def test_a_kernel_of_the_catalog_that_fails_is_a_row(tmp_path):
         "    x = torch.empty(64, 64, dtype=torch.bfloat16, device='cuda')\n"
         "    broken_kernel[(1,)](x, BLOCK=64)\n"
         "    matrix_kernel[(1,)](x, x, x, 64, 64, M=64, N=64, DTYPE=tl.bfloat16)\n"
-        "broken, narrow = (inspect._read(compiled, 'sm_90') for *_, compiled in kept)\n"
+        "broken, narrow = (inspect._read(compiled, 'sm_90', True) for *_, compiled in kept)\n"
         "assert not broken['passed'] and broken['registers'] is None\n"
         "assert broken['reason'].startswith('does not compile: NameError('), broken\n"
         "assert narrow['reason'] == 'computes 2 addresses in 32 bits', narrow\n"

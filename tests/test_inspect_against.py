@@ -72,6 +72,20 @@ def test_a_users_kernel_at_a_commit_and_now(repository):
     assert len(trees.splitlines()) == 1
 
 
+def test_a_kernel_that_the_commit_lacks_is_new(repository):
+    source = repository / "src" / "mine" / "norm.py"
+    source.with_name("gate.py").write_text(source.read_text())
+    source.write_text(source.read_text().replace("scale_kernel", "other_kernel"))
+    where = {"PYTHONPATH": f"{repository / 'src'}:{CHECKOUT}", "cwd": repository}
+    for name in ("mine.gate:scale_kernel", "mine.norm:other_kernel"):
+        ran = gaugeblock("inspect", name, *MINE[1:], "--against", "HEAD", "--json", "rows.json",
+                         **where)  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        found = json.loads((repository / "rows.json").read_text())
+        assert found["before"] == []
+        assert [each["change"] for each in found["differences"]] == ["new"]
+
+
 def test_what_is_no_commit_is_refused(repository, monkeypatch):
     monkeypatch.chdir(repository)
     asked = {"targets": ["sm_90"], "kernel": MINE[0], "signature": MINE[2], "constexprs": {},

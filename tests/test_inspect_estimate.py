@@ -23,6 +23,7 @@ def row(**changes):
     return {
         "op": "attention", "case": "large", "dtype": "bfloat16", "target": "sm_90",
         "kernel": "_attention_fwd_kernel", "launched": 1000, "bounds": [loop, whole],
+        "instructions": {"HGMMA": 1, "MUFU.EX2": 1}, "product_units": ["HGMMA"],
         "work": {"fwd": work},
     } | changes  # fmt: skip
 
@@ -71,6 +72,34 @@ def test_without_products_exponentials_go_with_what_is_read(file):
     loop = {"section": "loop", "work": {"flop": 0, "exponentials": 64, "read_bytes": 128}}
     found = estimated(row(bounds=[loop]), file=file)["fwd"]
     assert found["exponentials"] == (3 << 30) // 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # warps that differ in what they run; a product without a shape; products beside the units
+        {"bounds": None},
+        {"bounds": [{"section": "loop", "work": {"flop": None, "exponentials": 8}}]},
+        {"product_units": ["FFMA"]},
+    ],
+)
+def test_exponentials_that_the_code_does_not_show_are_not_known(file, changes):
+    shown = row(**changes)
+    found = estimated(shown, file=file)["fwd"]
+    assert (found["exponentials"], found["times_ms"]["exp"]) == (None, None)
+    assert (found["time_ms"], found["reason"]) == (pytest.approx(10.0), "matrix")
+    (line,) = estimate.table([shown]).rows
+    assert "–" in line
+    # without an exponential there is nothing to know
+    none = row(**changes, instructions={"HGMMA": 1})
+    assert estimated(none, file=file)["fwd"]["exponentials"] == 0
+
+
+def test_a_kernel_of_both_directions_is_in_both(file):
+    work = {"fwd": row()["work"]["fwd"], "bwd": row()["work"]["fwd"]}
+    found = estimated(row(work=work, kernel="_loss_fwd_bwd_kernel"), file=file)
+    assert found["fwd"] == found["bwd"]
+    assert found["fwd"]["exponentials"] == 10**12
 
 
 def test_a_direction_has_its_own_kernels(file):

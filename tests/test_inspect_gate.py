@@ -1,6 +1,7 @@
 """A user's gate file: what it may say, what it lets pass, how it is brought up to date."""
 
 import json
+import math
 import tomllib
 from importlib.metadata import version
 
@@ -20,6 +21,12 @@ def scale_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 blocks = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in ((256, 2), (512, 4))]
 tuned = triton.autotune(blocks, key=["n"])(scale_kernel)
+
+@triton.jit
+def wide_kernel(x_ptr, y_ptr):
+    rows = tl.arange(0, 256)
+    x = tl.load(x_ptr + rows[:, None] * 64 + tl.arange(0, 64)[None, :])
+    tl.store(y_ptr + rows[:, None] * 256 + rows[None, :], tl.exp2(tl.dot(x, x.T)))
 
 @triton.jit
 def broken_kernel(x_ptr):
@@ -42,6 +49,16 @@ kernel = "mine:tuned"
 signature = "*fp32,*fp32,i32"
 limits = { must_not = ["LDG.32"], spills = 0, occupancy = 1 }
 """
+# spills, and no limit to say how much it may
+UNLIMITED = """[[kernel]]
+kernel = "mine:tuned"
+signature = "*fp32,*fp32,i32"
+
+[[kernel]]
+kernel = "mine:wide_kernel"
+signature = "*bf16:16,*fp32:16"
+num_warps = 4
+"""
 BROKEN = '[[kernel]]\nkernel = "mine:broken_kernel"\nsignature = "*fp32"\n'
 SCRIPT = """
 import json
@@ -59,6 +76,7 @@ said["again"] = held("new.toml", Path("new.toml").read_text())
 told = Path("told.json").read_text()
 said["told"] = held("told.json", told)
 said["told renewed"] = held("told.json", told, renew=True)
+said["unlimited"] = held("unlimited.toml", Path("unlimited.toml").read_text())
 broken = Path("broken.toml").read_text()
 said["broken"] = held("broken.toml", broken)
 try:
@@ -76,6 +94,7 @@ def folder(tmp_path_factory):
     (folder / "mine.py").write_text(MINE)
     (folder / "gate.toml").write_text(GATE)
     (folder / "broken.toml").write_text(BROKEN)
+    (folder / "unlimited.toml").write_text(UNLIMITED)
     told = {"kernel": "mine:scale_kernel", "signature": "*fp32:16,*fp32:16,i32:16",
             "constexprs": {"BLOCK": 64}, "targets": ["gfx942"],
             "limits": {"shared_bytes": 0}}  # fmt: skip
@@ -139,13 +158,22 @@ def test_json_and_a_chip_without_registers(folder, said):
 def test_a_kernel_that_does_not_compile_fails_and_has_no_figures(folder, said):
     passed, rows, (table,) = said["broken"]
     assert not passed
-    assert rows == []
-    assert "| mine:broken_kernel |  |  | sm_90 |" in table
-    assert "does not compile for sm_90: NameError(" in table
-    message = "--update needs figures of sm_90: mine:broken_kernel does not compile"
+    (row,) = rows
+    assert row["over"] == [row["reason"]]
+    assert row["reason"].startswith("does not compile: NameError(")
+    assert "| mine:broken_kernel |  |  | sm_90 | – |" in table
+    assert "does not compile: NameError(" in table
+    message = "--update needs mine:broken_kernel for sm_90, it does not compile: NameError("
     assert message in said["broken renewed"]
     assert "\n" not in said["broken renewed"]
     assert (folder / "broken.toml").read_text() == BROKEN
+
+
+def test_what_has_no_limits_is_held_to_the_gate_of_inspect(said):
+    passed, rows, _ = said["unlimited"]
+    assert not passed
+    assert [row["over"] for row in rows] == [[], [], [rows[2]["reason"]]]
+    assert rows[2]["reason"].startswith("spills ")
 
 
 def test_the_exit_code_is_the_gates(folder):
@@ -167,10 +195,20 @@ WRONG = [
     ({"kernel": [entry(num_warps="4")]}, "num_warps must be int, got '4'"),
     ({"kernel": [entry(num_stages=True)]}, "num_stages must be int, got True"),
     ({"kernel": [entry(targets=["sm_75"])]}, "targets must be of sm_80, .*, got 'sm_75'"),
+    ({"kernel": [entry(targets=[["sm_90"]])]}, r"targets must be of sm_80, .*, got \['sm_90'\]"),
+    ({"kernel": [entry(targets=[])]}, "targets must be of sm_80, .*, got None"),
+    (
+        {"kernel": [entry(limits={"registers": math.nan})]},
+        "registers must be a number ≥ 0, got nan",
+    ),
     ({"kernel": [entry(limits={"register": 4})]}, "limits may have registers, .*, got register"),
     ({"kernel": [entry(limits={"spills": -1})]}, "spills must be a number ≥ 0, got -1"),
     ({"kernel": [entry(limits={"occupancy": 50})]}, "occupancy must be a share, 0 to 1, got 50"),
-    ({"kernel": [entry(limits={"must": ["WGMMA"]})]}, "must list instructions that are counted"),
+    ({"kernel": [entry(limits={"must": ["WGMMA"]})]}, "instructions as they are counted"),
+    # none of these is ever counted, so that it would never be found
+    ({"kernel": [entry(limits={"must_not": ["LDG.E.128"]})]}, "LDG.128, .*, got 'LDG.E.128'"),
+    ({"kernel": [entry(limits={"must_not": ["LDL.64"]})]}, "LDG.128, .*, got 'LDL.64'"),
+    ({"kernel": [entry(limits={"must_not": ["LDG.12"]})]}, "LDG.128, .*, got 'LDG.12'"),
     ({"kernel": [entry(limits={"must_not": "LDL"})]}, "must_not must be a list, got 'LDL'"),
     ({"kernel": [entry(limits={"sm_80": {}})]}, "limits.sm_80 must be of a target, got none"),
     (
@@ -187,6 +225,14 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         gate_file.read(path)
     assert "\n" not in str(error.value)
+
+
+def test_what_toml_spells_otherwise_comes_back(tmp_path):
+    path = tmp_path / "gate.toml"
+    tables = [entry(constexprs={"least": -math.inf, "größe": 1.5, "on": True})]
+    path.write_text("")
+    gate_file.write(path, tables)
+    assert tomllib.loads(path.read_text())["kernel"] == tables
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -1,9 +1,10 @@
 """What another launch would hold: compiled anew, or reckoned."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from gaugeblock.kernels.inspect.what_if import fewer_stages, more_warps, room
+from gaugeblock.kernels.inspect.what_if import add, fewer_stages, more_warps, room
 from gaugeblock.kernels.occupancy import occupancy
 
 from tests.helpers import gaugeblock
@@ -81,3 +82,13 @@ def test_a_kernel_is_compiled_with_other_options(tmp_path):
     assert nvidia["shared_bytes"] - stages["shared_bytes"] == 2 * 128 * 64 * 2
     assert all(each["occupancy"]["programs"] > 0 for each in (warps, stages, *rest))
     assert "one stage fewer" in ran.stdout
+
+
+def test_what_cannot_be_changed_is_not_named():
+    at_the_end = row(64, 0) | {"config": {"num_warps": 32, "num_stages": 1}, "spills": 0}
+    launch = SimpleNamespace(
+        row=at_the_end | {"reason": ""},
+        compiled=SimpleNamespace(metadata=SimpleNamespace(tmem_size=0)),
+    )
+    add([launch], lambda change: [launch])
+    assert [each["change"] for each in launch.row["what_if"]] == ["56 registers"]

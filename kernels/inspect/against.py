@@ -26,8 +26,8 @@ _INSPECTOR = ("inspect", "sass.py", "occupancy.py", "user_kernel.py", "worktree.
 def rows_at(ref, asked):
     """(commit, rows) of what is asked, at a revision.
 
-    asked: {"targets", "dtype", "ops", "cases"}, where ops and cases that the revision does not know
-    have no rows; or {"targets", "kernel", "signature", "constexprs", "num_warps", "num_stages"}.
+    asked: {"targets", "dtype", "ops", "cases"}, or {"targets", "kernel", "signature", "constexprs",
+    "num_warps", "num_stages"}; what the revision does not have has no rows.
     Raises ValueError where there is no such revision, or it cannot compile them.
     """
     repository = _repository(asked)
@@ -93,7 +93,11 @@ def _compile(asked):
 
     root = Path(asked["root"])
     if "kernel" in asked:
-        file = Path(user_kernel.load(asked["kernel"])[0].fn.__code__.co_filename).resolve()
+        try:
+            kernel, _ = user_kernel.load(asked["kernel"])
+        except user_kernel.Absent:
+            return []
+        file = Path(kernel.fn.__code__.co_filename).resolve()
         if not file.is_relative_to(root):
             raise ValueError(
                 f"inspect: {asked['kernel']} must lie in the repository of the working folder, it "

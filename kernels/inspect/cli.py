@@ -16,7 +16,9 @@ def inspect(
         None,
         help="sm_80, sm_90 (the default), sm_100 or gfx942; several stand side by side.",
     ),
-    dtype: str = typer.Option("bfloat16", help="float32, float16 or bfloat16, for ops."),
+    dtype: str = typer.Option(
+        None, help="For ops: float32, float16 or bfloat16, which is the default."
+    ),
     case: list[str] = typer.Option(None, help="Only these cases of the ops."),
     signature: str = typer.Option(
         None, help='For your kernel: types of its parameters in order, "*bf16:16,i32,fp32".'
@@ -61,7 +63,7 @@ def inspect(
     if update and not gate:
         raise ValueError("inspect: --update goes with --gate FILE, got none")
     words = {
-        "ops": ops, "targets": target, "cases": case, "signature": signature,
+        "ops": ops, "targets": target, "dtype": dtype, "cases": case, "signature": signature,
         "constexprs": constexpr, "num_warps": num_warps, "num_stages": num_stages,
         "against": against, "ceilings": ceilings, "what_if": what_if or None,
     }  # fmt: skip
@@ -70,7 +72,7 @@ def inspect(
         raise ValueError(
             f"inspect: --gate names its own kernels, got {next(iter(words))} beside it"
         )
-    found = hold(gate, renew=update) if gate else run(Asked(**words, dtype=dtype))
+    found = hold(gate, renew=update) if gate else run(Asked(**words))
     if lines:
         found.by_line()
     _finish(found, save, json, markdown)

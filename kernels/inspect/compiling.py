@@ -67,16 +67,17 @@ class _Driver:
         return SimpleNamespace(current_device=lambda: 0, synchronize=lambda: None)
 
 
-class DoesNotCompile(ValueError):
-    """A user's kernel that was found, and that the compiler refuses."""
-
-
 @dataclass(frozen=True)
 class Launch:
     """A row, and Triton's compiled kernel that it was read from, or the error in its place."""
 
     row: dict
     compiled: object
+
+    @property
+    def failed(self):
+        """Whether the compiler refused it; the row's reason is then the compiler's."""
+        return isinstance(self.compiled, Exception)
 
     @property
     def code(self):
@@ -137,7 +138,8 @@ def inspect(ops=(), target="sm_90", dtype="bfloat16", cases=()):
     cases: names of cases; all "aot" ones by default.
     Returns a list of {"op", "case", "dtype", "kernel", "source", "config", "launched", "target",
     "triton", "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy", "threads",
-    "instructions", "bounds", "narrow_offsets", "passed", "reason", "work"}. A row passes when it
+    "product_units", "instructions", "bounds", "narrow_offsets", "passed", "reason", "work"}. A row
+    passes when it
     compiles, does not spill, fits the chip's shared memory, runs its products on the units that it
     should and computes its addresses in 64 bits. launched is how many programs the case has; work
     is that of the whole op, {direction: {"flop", "read_bytes", "written_bytes"}}.
@@ -160,7 +162,8 @@ def inspect_kernel(
                from the autotuner's configurations, each of which makes a row.
     Returns rows as `inspect` does, with the kernel's name for the op, the signature for the case
     and no dtype, launched and work; addresses in 32 bits are counted and fail nothing.
-    Raises ValueError for what cannot be found, does not fit or does not compile.
+    A row of what does not compile has nothing but its reason.
+    Raises ValueError for what cannot be found, or a signature that does not fit.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return [x.row for x in kernel_launches(kernel, signature, constants, target=target, **options)]
@@ -182,7 +185,7 @@ def catalog_launches(ops=(), target="sm_90", dtype="bfloat16", cases=(), change=
         Launch(
             {"op": op.name, "case": case.name, "dtype": dtype, "kernel": kernel.fn.__name__}
             | {"source": _source(kernel), "config": config, "launched": programs}
-            | _read(compiled, target)
+            | _read(compiled, target, wide_offsets=True)
             | {"work": _work(op, case, dtype)},
             compiled,
         )
@@ -214,14 +217,14 @@ def kernel_launches(
     ):
         try:
             compiled = triton.compile(source, target=TARGETS[target], options=change(launch))
+            launch = {k: getattr(compiled.metadata, k) for k in ("num_warps", "num_stages")}
         except Exception as error:
-            said = user_kernel.explain(error)
-            raise DoesNotCompile(f"inspect: {name} does not compile for {target}: {said}") from None
+            compiled = error
         config = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in fixed.items()}
-        config |= {k: getattr(compiled.metadata, k) for k in ("num_warps", "num_stages")}
+        config |= launch
         row = {"op": name, "case": signature, "dtype": None, "kernel": kernel.__name__}
         row |= {"source": _source(kernel), "config": config, "launched": None}
-        row |= read_artefact(compiled, target) | {"work": None}
+        row |= _read(compiled, target, wide_offsets=False) | {"work": None}
         launches.append(Launch(row, compiled))
     return launches
 
@@ -274,16 +277,16 @@ def _launches(op, case, target, dtype, change=dict):
     return kept
 
 
-def _read(compiled, target):
+def _read(compiled, target, wide_offsets):
     """The artefact's part of a row; a kernel that did not compile has nothing but its reason."""
     if not isinstance(compiled, Exception):
-        return read_artefact(compiled, target, wide_offsets=True)
+        return read_artefact(compiled, target, wide_offsets=wide_offsets)
     unknown = (
         "registers", "spills", "spills_in_loops", "shared_bytes", "occupancy", "threads", "bounds",
     )  # fmt: skip
     return (
         {"target": target, "triton": triton.__version__}
         | dict.fromkeys(unknown)
-        | {"instructions": {}, "narrow_offsets": None, "passed": False}
+        | {"product_units": [], "instructions": {}, "narrow_offsets": None, "passed": False}
         | {"reason": f"does not compile: {user_kernel.explain(compiled)}"}
     )

@@ -7,8 +7,10 @@
 
 The largest is the estimate, and the reason. Flops and bytes are the catalog's. Exponentials are
 those that the loops show for each flop of their products, or, where a kernel has none, for each
-byte that it reads. share of the chip: the programs of the largest launch over the multiprocessors,
-at most 1. Nothing here is measured on the kernel: a good one comes near.
+byte that it reads. They are not known where the code does not show its products: on sm_100, in
+float32, and where warps differ in what they run. share of the chip: the programs of the largest
+launch over the multiprocessors, at most 1. Nothing here is measured on the kernel: a good one comes
+near.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def add(rows, file=None):
 
     file: JSON of `gaugeblock ceilings` or a record; the datasheet of the target's chip by default.
     {…} is {"ceilings", "flop", "bytes", "intensity", "ridge", "exponentials", "share", "times_ms",
-    "time_ms", "reason"}: intensity in flops a byte, ridge that at which the two ceilings meet.
+    "time_ms", "reason"}: intensity in flops a byte, ridge that at which the two ceilings meet;
+    exponentials and their time None where they are not known.
     """
     given = read(file) if file else None
     cases = {}
@@ -38,7 +41,7 @@ def add(rows, file=None):
         for row in launches:
             row["estimate"] = {
                 direction: {"ceilings": source}
-                | _estimate(work, _of(launches, direction), ceilings, latency_ms)
+                | _estimate(work, _of(launches, direction), dtype, target, ceilings, latency_ms)
                 for direction, work in row["work"].items()
             } if known else None  # fmt: skip
 
@@ -53,26 +56,28 @@ def _ceilings(given, file, target):
 
 def _of(launches, direction):
     """The launches of a direction, by the kernels' names; those whose names tell none, in both."""
-    other = {"fwd": "_bwd_", "bwd": "_fwd_"}[direction]
-    return [row for row in launches if other not in row["kernel"]]
+    own, other = ("_fwd_", "_bwd_") if direction == "fwd" else ("_bwd_", "_fwd_")
+    return [row for row in launches if own in row["kernel"] or other not in row["kernel"]]
 
 
-def _estimate(work, launches, ceilings, latency_ms):
-    dtype, target = launches[0]["dtype"], launches[0]["target"]
+def _estimate(work, launches, dtype, target, ceilings, latency_ms):
     moved = work["read_bytes"] + work["written_bytes"]
     exponentials = _exponentials(work, launches)
     programs = max((row["launched"] for row in launches), default=1)
     share = min(1.0, programs / CHIPS[target].multiprocessors) if target in CHIPS else 1.0
-    times = times_ms(ceilings, dtype, moved, work["flop"] / share, latency_ms, exponentials / share)
+    exp = (exponentials or 0) / share
+    times = times_ms(ceilings, dtype, moved, work["flop"] / share, latency_ms, exp)
     times = {_NAMES[key]: time for key, time in times.items()}
     reason = max(times, key=times.get)
+    if exponentials is None:
+        times["exp"] = None
     rate = copy_gb_s(ceilings, moved)
     return {
         "flop": work["flop"],
         "bytes": moved,
         "intensity": work["flop"] / moved if moved else None,
         "ridge": ceilings["matrix_tflop_s"][dtype] * 1e3 / rate,
-        "exponentials": round(exponentials),
+        "exponentials": None if exponentials is None else round(exponentials),
         "share": share,
         "times_ms": times,
         "time_ms": times[reason],
@@ -81,18 +86,27 @@ def _estimate(work, launches, ceilings, latency_ms):
 
 
 def _exponentials(work, launches):
-    """As many as the loops show for the work, of the launch that shows most."""
+    """As many as the loops show for the work, of the launch that shows most; None: not known."""
     most = 0.0
     for row in launches:
-        for part in row["bounds"] or ():
+        if "MUFU.EX2" not in row["instructions"]:
+            continue
+        if not row["bounds"] or "FFMA" in row["product_units"]:
+            return None
+        # all of the code, where there is no loop
+        for part in row["bounds"][:-1] or row["bounds"]:
             done = part["work"]
-            if part["section"] == "kernel" and len(row["bounds"]) > 1:
-                continue
+            if done["flop"] is None:
+                return None
             if done["flop"]:
                 most = max(most, done["exponentials"] * work["flop"] / done["flop"])
-            elif done["read_bytes"] and done["flop"] == 0:
+            elif done["read_bytes"]:
                 most = max(most, done["exponentials"] * work["read_bytes"] / done["read_bytes"])
     return most
+
+
+def _microseconds(ms):
+    return "–" if ms is None else f"{1e3 * ms:.3g}"
 
 
 def table(rows):
@@ -104,12 +118,12 @@ def table(rows):
             continue
         seen.add(key)
         for direction, found in row["estimate"].items():
-            times = (f"{1e3 * found['times_ms'][k]:.3g}" for k in _NAMES.values())
+            times = (_microseconds(found["times_ms"][k]) for k in _NAMES.values())
             intensity = "–" if found["intensity"] is None else f"{found['intensity']:.3g}"
             lines.append((
                 *key, direction, f"{found['flop'] / 1e9:.3g}", f"{found['bytes'] / 1e6:.3g}",
                 intensity, f"{found['ridge']:.3g}", f"{100 * found['share']:.3g}%", *times,
-                f"{1e3 * found['time_ms']:.3g}", found["reason"],
+                _microseconds(found["time_ms"]), found["reason"],
             ))  # fmt: skip
     sources = dict.fromkeys(
         found["ceilings"] for row in rows for found in (row.get("estimate") or {}).values()

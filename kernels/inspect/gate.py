@@ -6,34 +6,29 @@ Every configuration of an autotuner has to keep the limits.
 from __future__ import annotations
 
 from . import gate_file
-from .compiling import DoesNotCompile
 from .gate_file import FIGURES, INSTRUCTIONS
 from .tables import Table, name, percent, text
 
 
 def check(entries):
-    """([(entry, target, Launches, [what is over its limit])], the Table of it).
+    """([(entry, target, Launch, [what is over its limit])], the Table of it).
 
-    A kernel that does not compile has no launches and one reason.
+    What has no limits at all is held to the gate of `inspect`. What does not compile fails.
     """
     found = []
     for entry in entries:
         for target in entry.targets:
-            try:
-                launches = entry.launches(target)
-            except DoesNotCompile as error:
-                found.append((entry, target, [], [str(error).removeprefix("inspect: ")]))
-                continue
-            limits = entry.limits(target)
-            for launch in launches:
+            for launch in entry.launches(target):
                 launch.row["name"] = entry.table.get("name", "")
-            over = [_over(launch.row, limits) for launch in launches]
-            found += [(entry, target, [x], reasons) for x, reasons in zip(launches, over)]
+                found.append((entry, target, launch, _over(launch, entry.limits(target))))
     return found, _table(found)
 
 
-def _over(row, limits):
-    """What a row has more of than its limits allow, or less."""
+def _over(launch, limits):
+    """What a launch has more of than its limits allow, or less."""
+    row = launch.row
+    if launch.failed or not limits:
+        return [row["reason"]] if row["reason"] else []
     figures, reasons = present(row), []
     for key, worst in FIGURES.items():
         if key in limits and worst(figures[key], limits[key]) != limits[key]:
@@ -54,17 +49,13 @@ def present(row):
 
 def _table(found):
     rows = []
-    for entry, target, launches, reasons in found:
-        limits, kernel = entry.limits(target), entry.table["kernel"]
-        if not launches:
-            said = entry.table.get("name", "")
-            rows.append((kernel, said, "", target, *["–"] * len(FIGURES), reasons[0]))
-        for launch in launches:
-            _, said, tile = name(launch.row)
-            cells = (_cell(key, value, limits) for key, value in present(launch.row).items())
-            rows.append((kernel, said, tile, target, *cells, "; ".join(reasons)))
+    for entry, target, launch, reasons in found:
+        _, said, tile = name(launch.row)
+        figures, limits = present(launch.row), entry.limits(target)
+        cells = (_cell(key, value, limits) for key, value in figures.items())
+        rows.append((entry.table["kernel"], said, tile, target, *cells, "; ".join(reasons)))
     broken = sum(bool(reasons) for *_, reasons in found)
-    versions = {x.row["triton"]: None for _, _, xs, _ in found for x in xs}
+    versions = {launch.row["triton"]: None for *_, launch, _ in found}
     title = f"{len(found)} launches, {broken} over a limit; figure of limit"
     title = "; ".join([title, *(f"Triton {version}" for version in versions)])
     return Table(title, ("kernel", "", "tile", "target", *FIGURES, "over"), rows)
@@ -81,15 +72,16 @@ def update(path, entries, found):
     What must and must not be there stays as it was, and so does a comment at the head of the file.
     Raises ValueError where a kernel does not compile, and leaves the file alone.
     """
-    for _, target, launches, reasons in found:
-        if not launches:
-            raise ValueError(f"inspect: --update needs figures of {target}: {reasons[0]}")
+    for entry, target, launch, reasons in found:
+        if launch.failed:
+            kernel = entry.table["kernel"]
+            raise ValueError(f"inspect: --update needs {kernel} for {target}, it {reasons[0]}")
     tables = []
     for entry in entries:
         limits = entry.table.get("limits", {})
         kept = {k: v for k, v in limits.items() if k in INSTRUCTIONS}
         for target in entry.targets:
-            rows = [x.row for e, t, xs, _ in found if (e, t) == (entry, target) for x in xs]
+            rows = [x.row for e, t, x, _ in found if (e, t) == (entry, target)]
             figures = {
                 key: worst(present(row)[key] for row in rows)
                 for key, worst in FIGURES.items()

@@ -19,10 +19,11 @@ import json
 import re
 import tomllib
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
 
 from .. import user_kernel
-from ..sass import COUNTED
+from ..sass import COUNTED, WIDTHS
 from .compiling import TARGETS, kernel_launches
 
 # figure: which of two is worse; occupancy is a share, at least, the others are at most
@@ -32,7 +33,12 @@ _KEYS = {
     "name": str, "kernel": str, "signature": str, "constexprs": dict, "targets": list,
     "num_warps": int, "num_stages": int, "limits": dict,
 }  # fmt: skip
-_NAME = re.compile(r"[\w-]+")
+# a key that TOML takes without quotes
+_NAME = re.compile(r"[\w-]+", re.ASCII)
+# what `must` and `must_not` may name: as `sass.instruction_mix` counts it
+_COUNTED = re.compile(
+    rf"(?:{'|'.join(COUNTED)})|(?:LDG|STG)\.(?:{'|'.join(map(str, WIDTHS))})|MUFU\.[A-Z0-9]+"
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,9 @@ def _expect_entry(table, where):
             raise ValueError(f"inspect: {where} may have {', '.join(_KEYS)}, got {key}")
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"inspect: {where}: {key} must be {kind.__name__}, got {value!r}")
-    for target in (targets := table.get("targets", ["sm_90"])):
-        if target not in TARGETS:
+    targets = table.get("targets", ["sm_90"])
+    for target in targets or [None]:
+        if not isinstance(target, str) or target not in TARGETS:
             raise ValueError(
                 f"inspect: {where}: targets must be of {', '.join(TARGETS)}, got {target!r}"
             )
@@ -115,17 +122,17 @@ def _expect_limit(key, value, where, target):
     if key in INSTRUCTIONS:
         names = value if isinstance(value, list) else [value]
         for instruction in names:
-            if str(instruction).split(".")[0] not in COUNTED:
+            if not _COUNTED.fullmatch(str(instruction)):
                 raise ValueError(
-                    f"inspect: {where}: {key} must list instructions that are counted "
-                    f"({', '.join(COUNTED)}), got {instruction!r}"
+                    f"inspect: {where}: {key} must list instructions as they are counted "
+                    f"({', '.join(COUNTED)}; LDG.128, MUFU.EX2), got {instruction!r}"
                 )
         if not isinstance(value, list):
             raise ValueError(f"inspect: {where}: {key} must be a list, got {value!r}")
     elif key not in FIGURES:
         known = ", ".join([*FIGURES, *INSTRUCTIONS, *TARGETS])
         raise ValueError(f"inspect: {where}: limits may have {known}, got {key}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
         raise ValueError(f"inspect: {where}: {key} must be a number ≥ 0, got {value!r}")
     elif key == "occupancy" and value > 1:
         raise ValueError(f"inspect: {where}: occupancy must be a share, 0 to 1, got {value!r}")
@@ -134,7 +141,7 @@ def _expect_limit(key, value, where, target):
 
 
 def write(path, tables):
-    """Write the file anew; a comment at the head of a TOML file stays."""
+    """Write the file anew; of a TOML file's comments the one at its head stays."""
     path = Path(path)
     if path.suffix == ".json":
         path.write_text(json.dumps({"kernel": tables}, indent=1) + "\n")
@@ -160,7 +167,9 @@ def _value(value):
         return f"{{ {', '.join(inner)} }}" if inner else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
-    # of text, numbers, true and false JSON's form is TOML's
+    if isinstance(value, float) and not isfinite(value):
+        return str(value)
+    # of text, other numbers, true and false JSON's form is TOML's
     return json.dumps(value, ensure_ascii=False)
 
 

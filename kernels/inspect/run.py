@@ -19,7 +19,7 @@ class Asked:
 
     ops: list[str] = field(default_factory=list)
     targets: list[str] = field(default_factory=lambda: ["sm_90"])
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     cases: list[str] = field(default_factory=list)
     signature: str | None = None
     constexprs: list[str] = field(default_factory=list)
@@ -33,8 +33,10 @@ class Asked:
         mine = [name for name in self.ops if ":" in name]
         if mine and (len(self.ops) > 1 or self.signature is None):
             raise ValueError(f"inspect: {mine[0]} must come alone, with its --signature")
-        if mine and self.cases:
-            raise ValueError(f"inspect: --case goes with ops of the catalog, got {mine[0]}")
+        for option, given in (("case", self.cases), ("dtype", self.dtype)):
+            if mine and given:
+                raise ValueError(f"inspect: --{option} goes with ops of the catalog, got {mine[0]}")
+        self.dtype = self.dtype or "bfloat16"
         for name in ("signature", "constexprs", "num_warps", "num_stages"):
             if getattr(self, name) not in (None, []) and not mine:
                 option = name.removesuffix("s") if name == "constexprs" else name.replace("_", "-")
@@ -151,10 +153,9 @@ def hold(path, renew=False):
     if renew:
         gate.update(path, entries, found)
         found, table = gate.check(gate_file.read(path))
-    launches = [x for *_, xs, _ in found for x in xs]
-    for *_, xs, reasons in found:
-        for launch in xs:
-            launch.row["over"] = reasons
+    launches = [launch for *_, launch, _ in found]
+    for *_, launch, reasons in found:
+        launch.row["over"] = reasons
     rows = [launch.row for launch in launches]
     shown = [table, tables.mix([rows]), tables.bounds([rows])]
     return Found(shown, rows, not any(reasons for *_, reasons in found), launches)

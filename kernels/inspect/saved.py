@@ -29,6 +29,8 @@ def save(launches, folder):
         name += f"-{met[name]}" if met[name] > 1 else ""
         own = Path(folder) / re.sub(r"[^\w.-]", "_", name)
         own.mkdir(parents=True, exist_ok=True)
+        for old in (*own.glob("kernel.*"), own / "lines.md"):
+            old.unlink(missing_ok=True)
         (own / "row.json").write_text(json.dumps(row, indent=1) + "\n")
         asm = getattr(launch.compiled, "asm", {})
         for kind in _TEXTS:

@@ -139,7 +139,8 @@ def name(row):
     config = row["config"]
     fixed = [f"{k}={v}" for k, v in config.items() if type(v) is int and k not in _LAUNCH]
     words = tile(config) or " ".join(fixed[:_NAMED])
-    launch = " ".join(f"{config[k]} {word}" for k, word in _LAUNCH.items())
+    # what does not compile has no more than it was given
+    launch = " ".join(f"{config[k]} {word}" for k, word in _LAUNCH.items() if k in config)
     return kernel, row.get("name", ""), f"{words} {launch}".strip()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from ..occupancy import occupancy
-from .compiling import DoesNotCompile
 from .tables import Table, name, percent, text
 
 # Triton's own, where a launch names none; a program has at most 1,024 threads
@@ -37,26 +36,22 @@ def add(launches, compile_with):
     compile_with: a change of launch options -> the same launches, compiled so. Rows without
     occupancy (AMD's, or of a kernel that does not compile) get None.
     """
-    changed = {}
-    for change, options in _RECOMPILED.items():
-        try:
-            changed[change] = [launch.row for launch in compile_with(options)]
-        except DoesNotCompile as error:
-            changed[change] = [str(error).removeprefix("inspect: ")] * len(launches)
+    changed = {
+        change: [launch.row for launch in compile_with(options)]
+        for change, options in _RECOMPILED.items()
+    }
     for number, launch in enumerate(launches):
         if launch.row["occupancy"] is None:
             launch.row["what_if"] = None
             continue
+        config = launch.row["config"]
         launch.row["what_if"] = [
-            _recompiled(change, rows[number]) for change, rows in changed.items()
+            {"change": change}
+            | {key: rows[number][key] for key in (*_FIGURES, "occupancy", "reason")}
+            for change, rows in changed.items()
+            # where there is no more, or no less
+            if _RECOMPILED[change](config) != config
         ] + _reckoned(launch)
-
-
-def _recompiled(change, row):
-    if isinstance(row, str):
-        row = dict.fromkeys((*_FIGURES, "occupancy")) | {"reason": row}
-    figures = {key: row[key] for key in (*_FIGURES, "occupancy")}
-    return {"change": change} | figures | {"reason": row["reason"]}
 
 
 def _reckoned(launch):
