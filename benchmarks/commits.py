@@ -143,6 +143,9 @@ class _Gate:
                 lines.append(self._absent(key, MISSING, f"B {b}"))
             elif not a:
                 kept.append(key)
+        if not kept and not lines:
+            a, b = (found[keys[0]] for found in cannot)
+            raise ValueError(f"{_GATE}: one side must do one of the cases, A {a} and B {b}")
         return kept, lines
 
     def _absent(self, key, verdict, reason):
@@ -346,7 +349,7 @@ def _keys(ops, suite, device, dtypes, directions, cases):
             raise ValueError(
                 f"compare: case must be one of {', '.join(sorted(known))}, got {name!r}"
             )
-    return [
+    keys = [
         (op.name, case.name, dtype, d)
         for op, case in plan
         if not cases or case.name in cases
@@ -354,6 +357,9 @@ def _keys(ops, suite, device, dtypes, directions, cases):
         for d in directions
         if d == "fwd" or op.differentiable()
     ]
+    if not keys:
+        raise ValueError(f"compare: ops must have cases of suite {suite} on {device}, got none")
+    return keys
 
 
 @contextlib.contextmanager

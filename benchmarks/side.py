@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,10 @@ class Setting:
     inside: str
     provider: str
     device: str
+
+    @property
+    def module(self):
+        return "gaugeblock.kernels" if self.provider == OURS else self.provider.partition(":")[0]
 
 
 def serve(connection, setting):
@@ -82,6 +87,9 @@ class Side:
         found = {}
         for key in keys:
             op, case = _case(key)
+            if self.provider is None:
+                found[key] = f"has no {self.setting.module}"
+                continue
             lacks = op.kernel if self.setting.provider == OURS else None
             found[key] = lacks or self.provider.cannot(op, case, *key[2:])
         return found
@@ -144,7 +152,7 @@ def _case(key):
 
 
 def _provider(setting):
-    """The provider, imported from the worktree and nowhere else."""
+    """The provider, imported from the worktree and nowhere else; None: there is no such module."""
     folder = Path(setting.folder).resolve()
     # the next run's processes need not compile the worktree's modules again
     sys.dont_write_bytecode = False
@@ -155,11 +163,20 @@ def _provider(setting):
     else:
         os.chdir(working)
         sys.path[:0] = [str(working), *map(str, filter(Path.is_dir, [folder / "src"]))]
+        if not _there(setting.module):
+            return None
     found, missing = load_providers(setting.device, [setting.provider])
     if missing:
         raise ValueError(*missing.values())
     _expect_from_worktree(setting)
     return found[0]
+
+
+def _there(module):
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class Elsewhere(ValueError):
@@ -172,7 +189,6 @@ def _expect_from_worktree(setting):
     An editable installation, or a folder on PYTHONPATH, offers those of the checkout on both sides.
     """
     ours = setting.provider == OURS
-    measured = "gaugeblock.kernels" if ours else setting.provider.partition(":")[0]
     folder, repository = (Path(f).resolve() for f in (setting.folder, setting.repository))
     # a virtual environment may lie in the repository
     prefix = Path(sys.prefix).resolve()
@@ -180,7 +196,7 @@ def _expect_from_worktree(setting):
         if not getattr(module, "__file__", None):
             continue
         file = Path(module.__file__)
-        its = name == measured or name.startswith(f"{measured}.")
+        its = name == setting.module or name.startswith(f"{setting.module}.")
         theirs = not ours and file.is_relative_to(repository) and not file.is_relative_to(prefix)
         measures = name.partition(".")[0] == "gaugeblock" or name in ("__main__", "__mp_main__")
         if (its or (theirs and not measures)) and not file.resolve().is_relative_to(folder):

@@ -1,5 +1,6 @@
 """The recipes of `examples/ci` parse, their commands are commands, and the CPU job runs."""
 
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ from itertools import groupby
 import pytest
 import typer
 import yaml
+from gaugeblock.kernels.inspect import gate_file
 
 from gaugeblock.__main__ import door
 from tests.helpers import CHECKOUT
@@ -22,11 +24,16 @@ PAGES = [CHECKOUT / "docs" / name for name in ("ci.md", "compare.md", "benchmark
 EXAMPLE = {
     "OP": "examples.liger_rms_norm:RMS_NORM",
     "CANDIDATE": "examples.liger_rms_norm:candidate",
-    "KERNEL": "liger_kernel.ops.rms_norm:_rms_norm_forward_kernel",
-    "SIGNATURE": "*bf16:16,i32:16,*bf16:16,i32:16,*bf16:16,i32:16,*fp32:16,i32:16,i32:16,fp32,fp32",
-    "CONSTEXPR": "BLOCK_SIZE=1024",
-    "WARPS": "4",
+    "KERNELS": "kernels.toml",
 }
+
+
+KERNELS = """[[kernel]]
+kernel = "liger_kernel.ops.rms_norm:_rms_norm_forward_kernel"
+signature = "*bf16:16,i32:16,*bf16:16,i32:16,*bf16:16,i32:16,*fp32:16,i32:16,i32:16,fp32,fp32"
+constexprs = { BLOCK_SIZE = 1024, casting_mode = 0, elementwise_affine = true }
+targets = ["sm_80", "sm_90"]
+"""
 
 
 def jobs(recipe):
@@ -163,18 +170,21 @@ def test_the_cpu_job_runs_on_somebody_s_package(tmp_path):
     hasty = check["run"].replace("--timeout", "--no-shrink --no-backward --timeout")
     wrong = run(hasty, tmp_path, **check["env"], CANDIDATE="operator:add")
     assert wrong.returncode == 1, wrong.stderr
-    more = "--constexpr casting_mode=0 --constexpr elementwise_affine=True --num-warps"
-    ran = run(inspect["run"].replace("--num-warps", more), tmp_path)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert (tmp_path / "compiled.json").stat().st_size > 100
+    kernels = tmp_path / "kernels.toml"
+    for stages, code in ((3, 0), ("", 2)):
+        kernels.write_text(KERNELS + (f"num_stages = {stages}\n" if stages else "stages = 3\n"))
+        ran = run(inspect["run"], tmp_path, KERNELS=str(kernels))
+        assert ran.returncode == code, ran.stdout + ran.stderr
+    rows = json.loads((tmp_path / "compiled.json").read_text())
+    assert [(row["target"], row["over"]) for row in rows] == [("sm_80", []), ("sm_90", [])]
 
 
+@pytest.mark.parametrize("recipe", ["github.yml", "gitlab.yml"])
 @pytest.mark.parametrize(
     ("first", "second", "code"), [(0, 9, 0), (1, 9, 1), (2, 0, 0), (2, 2, 2), (2, 1, 1)]
 )
-def test_a_gate_that_cannot_tell_is_asked_once_more(tmp_path, first, second, code):
-    steps = yaml.safe_load((FOLDER / "github.yml").read_text())["jobs"]["fast"]["steps"]
-    script = next(s["run"] for s in steps if "compare --gate" in s.get("run", ""))
+def test_a_gate_that_cannot_tell_is_asked_once_more(tmp_path, recipe, first, second, code):
+    script = next(s for s in jobs(FOLDER / recipe)["fast"] if "compare --gate" in s)
     asked = tmp_path / "asked"
     fake = (
         f"gaugeblock() {{ echo x >> {asked}; "
@@ -183,4 +193,27 @@ def test_a_gate_that_cannot_tell_is_asked_once_more(tmp_path, first, second, cod
     ran = subprocess.run(["bash", "-e", "-c", fake + script], capture_output=True, text=True)
     assert ran.returncode == code
     assert len(asked.read_text().split()) == (2 if first == 2 else 1)
-    assert ("::error::" in ran.stdout) == (code != 0)
+    if recipe == "github.yml":
+        assert ("::error::" in ran.stdout) == (code != 0)
+
+
+@pytest.mark.parametrize(
+    ("base", "asked"), [("HEAD~2", "HEAD~2"), ("0" * 40, "HEAD~1"), ("", "HEAD~1")]
+)
+def test_a_base_that_is_not_there_is_the_commit_before(tmp_path, base, asked):
+    script = next(s for s in jobs(FOLDER / "github.yml")["fast"] if "compare --gate" in s)
+    me = ("git", "-c", "user.name=n", "-c", "user.email=e@localhost")
+    subprocess.run([*me, "init", "--quiet"], cwd=tmp_path, check=True)
+    for _ in range(3):
+        subprocess.run([*me, "commit", "-qm", "x", "--allow-empty"], cwd=tmp_path, check=True)
+    fake = 'gaugeblock() { echo "$3"; }\n'
+    ran = subprocess.run(
+        ["bash", "-e", "-c", fake + script], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"BASE": base},
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout.strip()) == (0, asked)
+
+
+def test_the_gate_file_of_the_recipes_is_one():
+    (entry,) = gate_file.read(FOLDER / "kernels.toml")
+    assert entry.targets == ["sm_80", "sm_90"]

@@ -642,6 +642,39 @@ def test_a_case_of_one_commit_alone_fails_unless_acknowledged(repository, lacks,
         assert lines["fwd"]["reason"].startswith(lacks)
 
 
+@pytest.mark.parametrize(("lacks", "verdict"), [("A", NEW), ("B", MISSING)])
+def test_a_provider_that_one_commit_lacks_has_new_or_missing_cases(repository, lacks, verdict):
+    repository()
+    for side in "AB":
+        repository.write()
+        if side == lacks:
+            Path("bench_mine.py").unlink()
+        repository.git("add", ".")
+        repository.git("commit", "--allow-empty", "-m", side)
+    code, lines, _ = gate()
+    assert (code, lines["fwd"]["verdict"]) == (1, verdict)
+    assert lines["fwd"]["reason"] == f"{lacks} has no bench_mine"
+    assert gate("--accept-new", "--accept-missing")[0] == 0
+
+
+def test_what_no_commit_does_is_refused(repository, capsys):
+    repository()
+    for options, said in (
+        (["--provider", "bench_min:mine"], "A has no bench_min and B has no bench_min"),
+        (["ffn"], "A has no ffn and B has no ffn"),
+        (["--direction", "bwd", "sample"], "ops must have cases of suite quick on cpu"),
+    ):
+        arguments = [*GATE, "--gate", "HEAD", *options]
+        if options[-1] in ("ffn", "sample"):
+            arguments.remove("layer_norm")
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+
+
 def test_what_the_time_does_not_suffice_for_is_cut_short(repository):
     repository()
     repository(slower=True)

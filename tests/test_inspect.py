@@ -9,7 +9,8 @@ from tests.helpers import gaugeblock, python
 
 KEYS = {"op", "case", "dtype", "kernel", "config", "target", "triton", "registers", "spills",
         "spills_in_loops", "shared_bytes", "occupancy", "product_units", "instructions",
-        "narrow_offsets", "passed", "reason", "source", "threads", "bounds", "launched", "work", "estimate"}  # fmt: skip
+        "narrow_offsets", "passed", "reason", "source", "threads", "bounds", "launched", "work",
+        "estimate"}  # fmt: skip
 KERNELS = [name for name, op in CATALOG.items() if op.kernel is None]
 FIRST = {
     name: next(
