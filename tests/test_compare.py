@@ -1,16 +1,20 @@
 """`gaugeblock compare`: intervals, stored records, reports, two commits of a small repository."""
 
+import contextlib
+import importlib
 import json
 import math
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from gaugeblock.benchmarks import commits
+from gaugeblock.benchmarks import commits, side
 from gaugeblock.benchmarks.compare import compare
 from gaugeblock.benchmarks.significance import (
     FASTER,
@@ -584,6 +588,27 @@ def test_a_case_is_compared_once(repository):
     assert len(found["lines"]) == 1
 
 
+def test_what_is_installed_in_the_repository_is_not_the_repositorys(tmp_path, monkeypatch):
+    module = ModuleType("a_dependency")
+    module.__file__ = str(tmp_path / "theirs" / ".venv" / "lib" / "a_dependency.py")
+    monkeypatch.setitem(sys.modules, "a_dependency", module)
+    folders = str(tmp_path / "a"), str(tmp_path / "theirs")
+    setting = side.Setting(*folders, ".", "bench_mine:mine", "cpu")
+    with pytest.raises(side.Elsewhere, match="a_dependency must come from the worktree"):
+        side._expect_from_worktree(setting)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "theirs" / ".venv"))
+    side._expect_from_worktree(setting)
+
+
+def test_our_kernels_come_from_the_worktree(tmp_path):
+    importlib.import_module("gaugeblock.kernels")
+    for folder in (CHECKOUT, tmp_path):
+        setting = side.Setting(str(folder), str(CHECKOUT), ".", "gaugeblock", "cpu")
+        expected = pytest.raises(side.Elsewhere, match=r"gaugeblock\.kernels")
+        with expected if folder == tmp_path else contextlib.nullcontext():
+            side._expect_from_worktree(setting)
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_what_the_provider_imports_comes_from_the_worktree_too(
     repository, monkeypatch, capsys, late
@@ -624,14 +649,14 @@ if not pathlib.Path({str(flag)!r}).exists():
 
 @pytest.mark.parametrize(("lacks", "verdict"), [("A", NEW), ("B", MISSING)])
 def test_a_case_of_one_commit_alone_fails_unless_acknowledged(repository, lacks, verdict):
-    for side in "AB":
+    for letter in "AB":
         repository.write()
         text = Path("bench_mine.py").read_text()
-        if side == lacks:
+        if letter == lacks:
             text = text.replace('{"layer_norm": layer_norm}', "{}")
         Path("bench_mine.py").write_text(text)
         repository.git("add", ".")
-        repository.git("commit", "-m", side)
+        repository.git("commit", "-m", letter)
     for options, want in (
         ((), 1),
         (("--accept-new",), int(verdict == MISSING)),
@@ -645,12 +670,12 @@ def test_a_case_of_one_commit_alone_fails_unless_acknowledged(repository, lacks,
 @pytest.mark.parametrize(("lacks", "verdict"), [("A", NEW), ("B", MISSING)])
 def test_a_provider_that_one_commit_lacks_has_new_or_missing_cases(repository, lacks, verdict):
     repository()
-    for side in "AB":
+    for letter in "AB":
         repository.write()
-        if side == lacks:
+        if letter == lacks:
             Path("bench_mine.py").unlink()
         repository.git("add", ".")
-        repository.git("commit", "--allow-empty", "-m", side)
+        repository.git("commit", "--allow-empty", "-m", letter)
     code, lines, _ = gate()
     assert (code, lines["fwd"]["verdict"]) == (1, verdict)
     assert lines["fwd"]["reason"] == f"{lacks} has no bench_mine"

@@ -175,10 +175,10 @@ def test_the_newest_record_of_an_h200_takes_the_place_of_the_constants(tmp_path)
     assert "measured, float32 assumed" in estimates.parts(tmp_path)["ceilings"]
     found = CEILINGS | {"matrix_tflop_s": {"bfloat16": 700.0, "float32": 50.0}}
     for name, started, device, ceilings in (
-        ("old", "2026-01-01", "NVIDIA H200", CEILINGS),
-        ("new", "2026-01-02", "NVIDIA H200", found),
-        ("other", "2026-01-03", "Invented", CEILINGS),
-        ("without", "2026-01-04", "NVIDIA H200", None),
+        ("old", "2026-01-01T00:00:00+00:00", "NVIDIA H200", CEILINGS),
+        ("new", "2026-01-02T00:00:00+00:00", "NVIDIA H200", found),
+        ("other", "2026-01-03T00:00:00+00:00", "Invented", CEILINGS),
+        ("without", "2026-01-04T00:00:00+00:00", "NVIDIA H200", None),
     ):
         measured = ceilings and {"before": ceilings, "after": None, "drift": None}
         made = record([], started=started, device=device, ceilings=measured)

@@ -23,6 +23,7 @@ from gaugeblock.benchmarks.providers import (
 from gaugeblock.reference.catalog import CATALOG
 from gaugeblock.reference.oracle import Case, check
 
+from gaugeblock import kernels
 from tests.helpers import python
 
 MODULES = providers._modules()
@@ -172,6 +173,15 @@ def test_ours_refuses_what_the_row_lacks():
         assert one.cannot(lacking, case, "float32", "bwd") is None or "grouped" in case.tags
     linear = CATALOG["linear"], case_of("linear", "odd")
     assert one.cannot(*linear, "float32", "fwd") == "has no linear"
+
+
+def test_ours_has_the_ops_that_the_kernels_at_hand_have(monkeypatch):
+    """The kernels may be those of an earlier commit."""
+    monkeypatch.setattr(kernels, "__all__", [n for n in kernels.__all__ if n != "ffn"])
+    (ours,), _ = load("cpu", [OURS])
+    wide = CATALOG["ffn"].cases[0]
+    assert ours.cannot(CATALOG["ffn"], wide, "float32", "fwd") == "has no ffn"
+    assert "layer_norm" in ours.ops
 
 
 def test_a_provider_says_what_it_does_not_take():

@@ -132,12 +132,12 @@ def test_spills_are_found_in_loops_only():
     ],
 )
 def test_the_gate_of_the_machine_code(target, spills, in_loops, shared_bytes, reason):
-    row = {"target": target, "spills": spills, "spills_in_loops": in_loops,
+    row = {"target": target, "spills": spills, "spills_in_loops": in_loops, "product_units": [],
            "shared_bytes": shared_bytes, "instructions": {"HMMA": 1}}  # fmt: skip
-    assert _reasons(row, "", 4) == reason
-    product = "%d = tt.dot %a, %b, %c : tensor<64x64xbf16> * tensor<64x64xbf16> -> tensor<f32>\n"
-    without = ["runs products without HGMMA"] if target == "sm_90" else []
-    assert _reasons(row, product, 4) == without + reason
+    assert _reasons(row) == reason
+    assert _reasons(row | {"product_units": ["HMMA"]}) == reason
+    without = [] if target == "sm_100" else ["runs products without HGMMA"]
+    assert _reasons(row | {"product_units": ["HGMMA"]}) == without + reason
 
 
 @pytest.mark.parametrize(
