@@ -424,8 +424,8 @@ def layer_norm(x, w, b, eps=1e-5):
     start = time.perf_counter()
     y = torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)
     if {slower}:
-        # half as long again
-        end = time.perf_counter() + 0.5 * (time.perf_counter() - start)
+        # three times as long: to be seen beside other tests
+        end = time.perf_counter() + 2 * (time.perf_counter() - start)
         while time.perf_counter() < end:
             pass
     return y + {error}
@@ -487,7 +487,7 @@ def test_a_commit_that_is_slower_is_found(repository):
     repository(slower=True)
     code, lines, found = gate("--no-check")
     assert (code, lines["fwd"]["verdict"]) == (1, SLOWER)
-    assert lines["fwd"]["ratio"] == pytest.approx(1.5, rel=0.2)
+    assert lines["fwd"]["ratio"] == pytest.approx(3, rel=0.3)
     assert lines["fwd"]["runs"][0] == len(lines["fwd"]["log_ratios"]) >= 5
     assert found["about"]["A"].startswith("HEAD~1, ")
     # nothing of it stays

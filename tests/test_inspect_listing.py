@@ -61,6 +61,34 @@ def test_a_loop_that_only_waits_is_none():
     assert loop["instructions"] == 4
 
 
+def test_a_loops_bound_is_that_of_a_pass_that_jumps_over_what_it_can():
+    """A condition with two sides, each of which some pass runs and no pass has to."""
+    code = sass(
+        ".L_x_0:", "MUFU.EX2 R1, R2",
+        "@P1 BRA `(.L_x_1)", *["MUFU.EX2 R1, R2"] * 3, "BRA `(.L_x_2)",
+        ".L_x_1:", *["MUFU.RCP R1, R2"] * 5,
+        ".L_x_2:", "MUFU.RSQ R1, R2", "@P0 BRA `(.L_x_0)", "EXIT",
+    )  # fmt: skip
+    loop, whole = bounds(code, "sm_90", 8)
+    assert (loop["instructions"], whole["instructions"]) == (13, 14)
+    assert loop["cycles"]["exp"] == 2 * 8 * 32 / 16
+    assert loop["cycles"]["issue"] == 4 * 8 / 4
+    assert whole["cycles"]["exp"] == 10 * 8 * 32 / 16
+    # what a pass does is said of all of it
+    assert loop["work"]["exponentials"] == 4 * 8 * 32
+
+
+def test_what_every_pass_runs_is_counted_wherever_it_stands():
+    # the middle stands behind the loop's end, and cannot be jumped over
+    code = sass(
+        ".L_x_0:", "FFMA R1, R2, R3, R4", "BRA `(.L_x_7)", ".L_x_1:", "FFMA R1, R2, R3, R4",
+        "@P0 BRA `(.L_x_0)", "EXIT", ".L_x_7:", "MUFU.EX2 R1, R2", "BRA `(.L_x_1)",
+    )  # fmt: skip
+    loop, _ = bounds(code, "sm_90", 4)
+    assert loop["cycles"]["issue"] == loop["instructions"] == 6
+    assert loop["cycles"]["exp"] == 8
+
+
 # a mnemonic, of one warp or four: its pipe and the cycles on sm_80, sm_90 and sm_100
 COSTS = [
     ("HMMA.16816.F32.BF16", 1, "matrix", (2, 1, 0.5)),

@@ -7,9 +7,10 @@
     issue       instructions / 4
 
 of all warps of one program on one multiprocessor that it has for itself. The pipes work side by
-side, so the largest of them is the bound. It is counted in the code: every instruction once, as if
-every branch and predicate in the piece were taken, and lanes that load the same word counted as if
-they did not. Latencies, conflicts of banks, caches and memory only add to it.
+side, so the largest of them is the bound. It is counted in the code: of a loop, what every pass
+runs and none jumps over; each instruction once, as if its predicate were true, and lanes that load
+the same word counted as if they did not. Latencies, conflicts of banks, caches and memory only add
+to it.
 
 Source: CUDA C++ Programming Guide: "Arithmetic Instructions" (results per clock cycle and
 multiprocessor of single precision and of exp2), "Hardware Multithreading" (four schedulers, an
@@ -58,16 +59,18 @@ def bounds(code, target, warps):
     """[{"section", "source", "instructions", "cycles", "least", "limit", "work"}] of a kernel.
 
     section: "loop", the body of a loop that holds no other loop, and at last "kernel", all of the
-    code once. source: "file:first-last" of the Python that most of it is of. cycles: {pipe: at
-    least}, None for products of tiles whose shape the code does not show (sm_100's). work: what one
-    pass does, {"flop": of tiles, "exponentials", "read_bytes": from global memory}.
+    code once, as if every branch were taken. source: "file:first-last" of the Python that most of
+    it is of. instructions: all of the section's. cycles: {pipe: at least}, None for products of
+    tiles whose shape the code does not show (sm_100's). work: what one pass does if it jumps over
+    nothing, {"flop": of tiles, "exponentials", "read_bytes": from global memory}.
     """
     listing = parse(code)
-    pieces = [("loop", numbers) for numbers in listing.inner_loops(pipe)]
-    pieces.append(("kernel", range(len(listing.instructions))))
+    everything = range(len(listing.instructions))
+    pieces = [("loop", loop, listing.always(loop)) for loop in listing.inner_loops(pipe)]
+    pieces.append(("kernel", everything, everything))
     return [
-        _bound(name, [listing.instructions[n] for n in numbers], RATES[target], warps)
-        for name, numbers in pieces
+        _bound(name, *([listing.instructions[n] for n in part] for part in parts), target, warps)
+        for name, *parts in pieces
     ]
 
 
@@ -85,9 +88,11 @@ def _is_product(word):
     return word in _SPEED or (word.startswith("UTC") and word.endswith("MMA"))
 
 
-def _bound(name, code, rates, warps):
-    count = Counter(instruction.mnemonic for instruction in code)
-    flop, slots = _products(count, warps)
+def _bound(name, code, always, target, warps):
+    """always: what of the code is counted for cycles; its work is that of all of it."""
+    rates = RATES[target]
+    whole, count = (Counter(i.mnemonic for i in part) for part in (code, always))
+    slots = _products(count, warps)[1]
     moves = sum(n * max(1, _bytes(m) // rates.shared_bytes) for m, n in count.items() if _moves(m))
     mufu = sum(n for m, n in count.items() if m.startswith("MUFU"))
     fp32 = sum(n * _FP32.get(m.split(".")[0], 0) for m, n in count.items())
@@ -96,7 +101,7 @@ def _bound(name, code, rates, warps):
         "exp": 32 * warps * mufu / rates.exp,
         "fp32": 32 * warps * fp32 / rates.fp32,
         "load/store": float(warps * moves),
-        "issue": warps * len(code) / rates.issue,
+        "issue": warps * len(always) / rates.issue,
     }
     limit = max(PIPES, key=lambda name: cycles[name] or 0)
     return {
@@ -107,9 +112,9 @@ def _bound(name, code, rates, warps):
         "least": cycles[limit],
         "limit": limit,
         "work": {
-            "flop": flop,
-            "exponentials": 32 * warps * sum(n for m, n in count.items() if m == "MUFU.EX2"),
-            "read_bytes": warps * sum(n * _bytes(m) for m, n in count.items() if _reads(m)),
+            "flop": _products(whole, warps)[0],
+            "exponentials": 32 * warps * sum(n for m, n in whole.items() if m == "MUFU.EX2"),
+            "read_bytes": warps * sum(n * _bytes(m) for m, n in whole.items() if _reads(m)),
         },
     }
 

@@ -74,6 +74,18 @@ class Listing:
             [n for b in sorted(loop) for n in range(*blocks[b])] for loop in sorted(found, key=min)
         ]
 
+    def always(self, loop):
+        """Those of a loop's instructions that every pass runs, whatever it jumps over."""
+        blocks, edges = self._blocks()
+        inside = {b for b, (first, _) in enumerate(blocks) if first in loop}
+        head = _head(inside, edges)
+        edges = {b: edges[b] & inside for b in inside}
+        return [
+            n for b in sorted(inside)
+            if b == head or head not in _reached(edges, head, without=b)
+            for n in range(*blocks[b])
+        ]  # fmt: skip
+
     def _blocks(self):
         """([(first, end)] of the straight pieces of code, {piece: the pieces that may follow})."""
         code = self.instructions
@@ -147,12 +159,26 @@ def _innermost(nodes, edges, busy):
     for cycle in _cycles(nodes, edges):
         if not cycle & busy:
             continue
-        outside = {after for n in edges if n not in cycle for after in edges[n]}
-        # the code's order: a loop is entered where it begins, unless it is jumped into
-        head = min(cycle & outside or cycle)
+        head = _head(cycle, edges)
         inside = {n: edges[n] & cycle - {head} for n in cycle}
         found += _innermost(cycle, inside, busy) or [cycle]
     return found
+
+
+def _head(cycle, edges):
+    """Where a loop is entered: where its code begins, unless it is jumped into."""
+    outside = {after for n in edges if n not in cycle for after in edges[n]}
+    return min(cycle & outside or cycle)
+
+
+def _reached(edges, start, without):
+    """The nodes that one or more steps lead to from a node, but for one."""
+    seen, todo = set(), [start]
+    while todo:
+        fresh = edges[todo.pop()] - seen - {without}
+        seen |= fresh
+        todo += fresh
+    return seen
 
 
 def _cycles(nodes, edges):
