@@ -124,6 +124,15 @@ def test_a_run_that_is_lost_costs_a_case_no_verdict(monkeypatch):
     assert said[0] == f"{fewest(2)} runs: 1 of 2 cases told"
 
 
+def test_a_case_that_had_no_turn_is_cut(monkeypatch):
+    # the first case of the first run ends its process, and with that the time is over
+    dies = Sides(monkeypatch, dies=lambda run, letter, nth: run == 2, prepare_s=1.0)
+    lines, _ = run(dies, 2, budget_s=0.5)
+    assert sorted(line.verdict for line in lines.values()) == [CUT, WRONG]
+    (cut,) = (line for line in lines.values() if line.verdict == CUT)
+    assert (cut.runs, cut.reason) == ((0, 0), "the time budget was spent")
+
+
 def test_a_side_that_dies_first_in_a_does_not_make_b_wrong(monkeypatch):
     sides = Sides(monkeypatch, dies=lambda run, letter, nth: (run, letter) == (2, "A"))
     lines, _ = run(sides, 1)
