@@ -98,8 +98,11 @@ class Side:
         """Raise `Refused` where the provider is wrong."""
         op, case = _case(key)
         gate = Gate(op, case, key[2], self.setting.device, backward)
-        gate.check(self.provider.ops[op.name], backward)
-        _expect_from_worktree(self.setting)
+        try:
+            gate.check(self.provider.ops[op.name], backward)
+        finally:
+            # the calls may have imported more
+            _expect_from_worktree(self.setting)
 
     def prepare(self, key):
         """Inputs and calls of a case, warm."""
@@ -111,7 +114,6 @@ class Side:
         for _ in range(timing.WARM_UPS):
             self._call()
         self.clock.synchronize()
-        # the calls may have imported more
         _expect_from_worktree(self.setting)
 
     def time(self, calls, budget_s):

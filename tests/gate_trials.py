@@ -90,7 +90,15 @@ def planted(folder, share):
     """A clone with two commits on top of one another: as it is, and with every call longer."""
     clone = folder / "clone"
     subprocess.run(["git", "clone", "-q", str(CHECKOUT), str(clone)], check=True)
-    file = clone / "kernels" / "__init__.py"
+    plant(clone, share)
+    me = ("-c", "user.name=gaugeblock", "-c", "user.email=gaugeblock@localhost")
+    subprocess.run(["git", *me, "commit", "-qam", "longer"], cwd=clone, check=True)
+    return clone
+
+
+def plant(checkout, share):
+    """Let every call of its kernels take so much longer."""
+    file = checkout / "kernels" / "__init__.py"
     text = file.read_text()
     if _ASKED not in text:
         raise ValueError(f"gate_trials: {file.name} must hold {_ASKED.strip()!r}, it does not")
@@ -98,9 +106,6 @@ def planted(folder, share):
         ", name)\n", ", name))\n"
     )
     file.write_text(text.replace(_ASKED, longer) + _PLANTED.format(share=share))
-    me = ("-c", "user.name=gaugeblock", "-c", "user.email=gaugeblock@localhost")
-    subprocess.run(["git", *me, "commit", "-qam", "longer"], cwd=clone, check=True)
-    return clone
 
 
 def tried(clone, kind):

@@ -4,17 +4,18 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from gaugeblock.benchmarks import commits, side
+from gaugeblock.benchmarks import commits, side, timing
 from gaugeblock.benchmarks.compare import compare
 from gaugeblock.benchmarks.significance import (
     FASTER,
@@ -26,12 +27,12 @@ from gaugeblock.benchmarks.significance import (
     paired,
     unpaired,
 )
-from gaugeblock.benchmarks.verdicts import CUT, MISSING, NEW, WRONG
+from gaugeblock.benchmarks.verdicts import CUT, MISSING, NEW, WRONG, Comparison
 from scipy import stats
 
 from gaugeblock.__main__ import main
 from tests import gate_trials
-from tests.helpers import CHECKOUT
+from tests.helpers import CHECKOUT, gaugeblock
 from tests.invented_records import HOSTILE, entry, left_out, record
 
 # statistics
@@ -297,7 +298,7 @@ def test_a_damaged_record_is_refused(tmp_path, damage, said):
 
 @pytest.mark.parametrize(
     "changes", [{"device": "Other"}, {"driver": "2"}, {"torch": "3.0"}, {"triton": "4"},
-                {"machine": {"cores": 4}}]
+                {"machine": {"cores": 4}}, {"machine": {"cores": 2, "threads": 2}}]
 )  # fmt: skip
 def test_other_machines_are_refused_unless_normalised(tmp_path, changes):
     a, b = runs(tmp_path / "a"), runs(tmp_path / "b", 2.0, **changes)
@@ -386,6 +387,24 @@ def test_what_is_written_agrees(tmp_path, capsys, monkeypatch):
     assert "exit code 1" in shown
 
 
+def test_what_steers_a_terminal_is_not_written(tmp_path, capsys):
+    a = runs(tmp_path / "a")
+    said = REFUSED | {"reason": "wrong \x1b[31my\x00 at [red]0[/red]"}
+    b = changed(runs(tmp_path / "b"), without(said), {2})
+    with pytest.raises(SystemExit):
+        main(["compare", str(a), str(b), "--junit", str(tmp_path / "x.xml"),
+              "--markdown", str(tmp_path / "x.md")])  # fmt: skip
+    failure = ElementTree.parse(tmp_path / "x.xml").getroot().find("testcase/failure")
+    assert failure.attrib["message"] == "wrong (wrong \ufffd[31my\ufffd at [red]0[/red])"
+    for text in (capsys.readouterr().out, (tmp_path / "x.md").read_text()):
+        assert "\ufffd" in text
+        assert not {"\x1b", "\x00"} & set(text)
+
+
+def test_nothing_compared_is_no_pass():
+    assert Comparison([], 0.03, 0.01, {}).exit_code == 2
+
+
 # commits
 
 
@@ -412,6 +431,54 @@ def test_new_trials_keep_the_promise(tmp_path):
     assert (alarms, equals, planted) == (0, 5, 5)
     # on average one in twenty may be missed
     assert found >= 4
+
+
+def test_our_own_kernels_at_a_commit_and_now(tmp_path):
+    """In a copy of the checkout, whose kernels take longer than at its commit, and lack none."""
+    for room in ("gaugeblock", "kernels", "reference", "benchmarks", "gpt"):
+        shutil.copytree(CHECKOUT / room, tmp_path / room,
+                        ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    shutil.copy(CHECKOUT / "pyproject.toml", tmp_path)
+    me = ("git", "-c", "user.name=n", "-c", "user.email=e@localhost")
+    # the commit has no embedding, which this Gaugeblock's catalog has
+    now = (tmp_path / "kernels" / "_embedding.py").read_text()
+    (tmp_path / "kernels" / "_embedding.py").unlink()
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "a state"]):
+        subprocess.run([*me, *arguments], cwd=tmp_path, check=True)
+    (tmp_path / "kernels" / "_embedding.py").write_text(now)
+    subprocess.run([*me, "add", "."], cwd=tmp_path, check=True)
+    gate_trials.plant(tmp_path, 2.0)
+    ran = gaugeblock("compare", "--gate", "HEAD", "layer_norm", "embedding", "--direction", "fwd",
+                     "--no-check", "--false-alarm", "0.2", "--json", "out.json",
+                     cwd=tmp_path, PYTHONPATH=str(tmp_path))  # fmt: skip
+    assert ran.returncode == 1, ran.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    lines = {line["op"]: line for line in found["lines"]}
+    assert lines["layer_norm"]["verdict"] == SLOWER
+    assert lines["layer_norm"]["ratio"] == pytest.approx(3, rel=0.3)
+    assert lines["embedding"]["verdict"] == NEW
+    assert lines["embedding"]["reason"] == "A has no embedding"
+    assert found["about"]["B"].endswith("with changes")
+
+
+def test_cases_are_chosen_by_name():
+    def keys(*cases):
+        found = commits._keys(["layer_norm"], "full", "cuda", ("bfloat16",), ("fwd",), cases)
+        return [key[1] for key in found]
+
+    assert len(keys()) > 2
+    assert keys(keys()[1]) == [keys()[1]]
+
+
+def test_long_calls_are_timed_fewer_times():
+    timed = object.__new__(side.Side)
+    timed.setting = side.Setting("a", "b", ".", "gaugeblock", "cpu")
+    timed.clock, timed.number = timing.clock("cpu"), 0
+    for seconds, want in ((0.03, 2), (0.2, 1), (0.0, 4)):
+        timed.contender = SimpleNamespace(run=lambda number, s=seconds: time.sleep(s))
+        found = timed.time(4, 0.04)
+        assert len(found) == want
+        assert min(found) >= 1e3 * seconds
 
 
 PROVIDER = """
@@ -513,6 +580,28 @@ def test_nothing_that_is_wrong_is_timed(repository):
     assert found["about"]["checked"] == "what is timed is right on both sides"
 
 
+def test_a_wrong_gradient_is_wrong(repository):
+    repository()
+    twice = "    y.requires_grad and y.register_hook(lambda g: 2 * g)\n    return"
+    changed_provider("    return", twice)
+    for direction in ("both", "bwd"):
+        code, lines, _ = gate("--gate", "HEAD", "--direction", direction)
+        assert (code, lines["bwd"]["verdict"]) == (1, WRONG)
+        assert "dx" in lines["bwd"]["reason"]
+
+
+def test_libraries_of_the_sides_wait_without_spinning(repository):
+    before = dict(os.environ)
+    repository()
+    demand = (
+        "    import os\n    assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n    start = time"
+    )
+    changed_provider("    start = time", demand)
+    _, lines, _ = gate("--no-check", "--gate", "HEAD")
+    assert lines["fwd"]["verdict"] != WRONG
+    assert dict(os.environ) == before
+
+
 def test_a_side_that_dies_is_a_line_and_no_end(repository):
     repository()
     changed_provider("    start = time", "    import os; os._exit(3)\n    start = time")
@@ -609,9 +698,10 @@ def test_our_kernels_come_from_the_worktree(tmp_path):
             side._expect_from_worktree(setting)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 def test_what_the_provider_imports_comes_from_the_worktree_too(
-    repository, monkeypatch, capsys, late
+    repository, monkeypatch, capsys, late, wrong
 ):
     """A helper in the repository, which an editable installation would offer to both sides."""
     repository()
@@ -621,6 +711,8 @@ def test_what_the_provider_imports_comes_from_the_worktree_too(
     before = "    start = time" if late else "import torch\n"
     indent = before[: -len(before.lstrip())]
     changed_provider(before, f"{indent}import timing_helper\n{before}")
+    if wrong:
+        changed_provider("return y", "return 2 * y")
     for check in ("--check", "--no-check"):
         with pytest.raises(SystemExit) as exit:
             main([*GATE, check, "--gate", "HEAD"])
@@ -711,8 +803,9 @@ def test_what_the_time_does_not_suffice_for_is_cut_short(repository):
     assert (lines["fwd"]["low"], lines["fwd"]["high"]) == (None, None)
 
 
+@pytest.mark.parametrize("has", ["{{}}", '{{"layer_norm": layer_norm}}'])
 def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(
-    repository, monkeypatch, tmp_path, capsys
+    repository, monkeypatch, tmp_path, capsys, has
 ):
     repository()
     repository()
@@ -721,7 +814,8 @@ def test_a_copy_from_elsewhere_is_not_taken_for_the_worktrees(
     repository.git("commit", "-m", "none")
     repository()
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "bench_mine.py").write_text(PROVIDER.format(slower=False, error=0.0))
+    text = PROVIDER.replace('{{"layer_norm": layer_norm}}', has)
+    (tmp_path / "elsewhere" / "bench_mine.py").write_text(text.format(slower=False, error=0.0))
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     with pytest.raises(SystemExit) as exit:
         main([*GATE])
