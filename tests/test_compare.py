@@ -401,6 +401,13 @@ def test_what_steers_a_terminal_is_not_written(tmp_path, capsys):
         assert not {"\x1b", "\x00"} & set(text)
 
 
+def test_what_cannot_be_told_is_an_error_in_junit(tmp_path):
+    found = compare(runs(tmp_path / "a", n=4), runs(tmp_path / "b", n=4))
+    suite = ElementTree.fromstring(found.junit())
+    assert (suite.attrib["errors"], suite.attrib["failures"]) == ("2", "0")
+    assert len(suite.findall("testcase/error")) == 2
+
+
 def test_nothing_compared_is_no_pass():
     assert Comparison([], 0.03, 0.01, {}).exit_code == 2
 
