@@ -43,14 +43,11 @@ def test_a_folder_that_cannot_be_removed_costs_no_result(repository, tmp_path):
     with worktree(repository, tmp_path / "a", "HEAD"):
         git(repository, "worktree", "lock", str(tmp_path / "a"))
     assert (tmp_path / "a").exists()
-    with pytest.raises(KeyError), worktree(repository, tmp_path / "b", "HEAD"):
-        git(repository, "worktree", "lock", str(tmp_path / "b"))
-        raise KeyError("what went wrong inside is told")
 
 
 def test_what_is_no_repository_or_commit_is_named(repository, tmp_path):
     assert top(repository, "--x") == repository.resolve()
-    with pytest.raises(ValueError, match="--x must name a commit of .*, got 'nowhere'"):
+    with pytest.raises(ValueError, match=r"--x must name a commit of .*, got 'nowhere'"):
         commit_of(repository, "nowhere", "--x")
     with pytest.raises(ValueError, match="--x must be asked for in a repository: "):
         top(tmp_path, "--x")
