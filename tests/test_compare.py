@@ -496,13 +496,13 @@ from gaugeblock.benchmarks.providers import Provider
 
 def layer_norm(x, w, b, eps=1e-5):
     start = time.perf_counter()
-    y = torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps)
+    y = torch.nn.functional.layer_norm(x, x.shape[-1:], w, b, eps) + {error}
     if {slower}:
-        # three times as long: to be seen beside other tests
+        # three times as long, all that is timed: to be seen beside other tests
         end = time.perf_counter() + 2 * (time.perf_counter() - start)
         while time.perf_counter() < end:
             pass
-    return y + {error}
+    return y
 
 
 mine = Provider("mine", "1", {{"layer_norm": layer_norm}})
@@ -561,7 +561,7 @@ def test_a_commit_that_is_slower_is_found(repository):
     repository(slower=True)
     code, lines, found = gate("--no-check")
     assert (code, lines["fwd"]["verdict"]) == (1, SLOWER)
-    assert lines["fwd"]["ratio"] == pytest.approx(3, rel=0.3)
+    assert 1.5 < lines["fwd"]["ratio"] < 6  # 3, in five runs beside other tests
     assert lines["fwd"]["runs"][0] == len(lines["fwd"]["log_ratios"]) >= 5
     assert found["about"]["A"].startswith("HEAD~1, ")
     # nothing of it stays
