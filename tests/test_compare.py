@@ -462,7 +462,7 @@ def test_our_own_kernels_at_a_commit_and_now(tmp_path):
     found = json.loads((tmp_path / "out.json").read_text())
     lines = {line["op"]: line for line in found["lines"]}
     assert lines["layer_norm"]["verdict"] == SLOWER
-    assert lines["layer_norm"]["ratio"] == pytest.approx(3, rel=0.3)
+    assert 1.5 < lines["layer_norm"]["ratio"] < 6  # 3, in few runs beside other tests
     assert lines["embedding"]["verdict"] == NEW
     assert lines["embedding"]["reason"] == "A has no embedding"
     assert found["about"]["B"].endswith("with changes")
