@@ -81,6 +81,14 @@ def test_without_products_exponentials_go_with_what_is_read(file):
         {"bounds": None},
         {"bounds": [{"section": "loop", "work": {"flop": None, "exponentials": 8}}]},
         {"product_units": ["FFMA"]},
+        # after the last step of a product alone, and in a loop before it that has none
+        {
+            "bounds": [
+                {"section": "loop", "work": {"flop": 8000, "exponentials": 0, "read_bytes": 128}},
+                {"section": "loop", "work": {"flop": 0, "exponentials": 64, "read_bytes": 128}},
+                {"section": "kernel", "work": {"flop": 8000, "exponentials": 99, "read_bytes": 0}},
+            ]
+        },
     ],
 )
 def test_exponentials_that_the_code_does_not_show_are_not_known(file, changes):

@@ -61,8 +61,9 @@ def bounds(code, target, warps):
     section: "loop", the body of a loop that holds no other loop, and at last "kernel", all of the
     code once, as if every branch were taken. source: "file:first-last" of the Python that most of
     it is of. instructions: all of the section's. cycles: {pipe: at least}, None for products of
-    tiles whose shape the code does not show (sm_100's). work: what one pass does if it jumps over
-    nothing, {"flop": of tiles, "exponentials", "read_bytes": from global memory}.
+    tiles whose shape the code does not show (sm_100's). work: {"flop": of tiles, "read_bytes": from
+    global memory, "exponentials"}, those of one pass if it jumps over nothing, and the exponentials
+    that every pass takes.
     """
     listing = parse(code)
     everything = range(len(listing.instructions))
@@ -89,7 +90,7 @@ def _is_product(word):
 
 
 def _bound(name, code, always, target, warps):
-    """always: what of the code is counted for cycles; its work is that of all of it."""
+    """always: what of the code is counted for cycles and exponentials."""
     rates = RATES[target]
     whole, count = (Counter(i.mnemonic for i in part) for part in (code, always))
     slots = _products(count, warps)[1]
@@ -113,7 +114,7 @@ def _bound(name, code, always, target, warps):
         "limit": limit,
         "work": {
             "flop": _products(whole, warps)[0],
-            "exponentials": 32 * warps * sum(n for m, n in whole.items() if m == "MUFU.EX2"),
+            "exponentials": 32 * warps * sum(n for m, n in count.items() if m == "MUFU.EX2"),
             "read_bytes": warps * sum(n * _bytes(m) for m, n in whole.items() if _reads(m)),
         },
     }

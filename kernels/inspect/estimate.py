@@ -6,8 +6,9 @@
     latency     what a call takes that does nothing
 
 The largest is the estimate, and the reason. Flops and bytes are the catalog's. Exponentials are
-those that the loops show for each flop of their products, or, where a kernel has none, for each
-byte that it reads. They are not known where the code does not show its products: on sm_100, in
+those that every pass of a loop takes, for each flop of its products, or, in a kernel without
+products, for each byte that it reads. They are not known where no loop takes them in every pass, as
+those after a product's last step, and where the code does not show its products: on sm_100, in
 float32, and where warps differ in what they run. share of the chip: the programs of the largest
 launch over the multiprocessors, at most 1. Nothing here is measured on the kernel: a good one comes
 near.
@@ -87,22 +88,20 @@ def _estimate(work, launches, dtype, target, ceilings, latency_ms):
 
 def _exponentials(work, launches):
     """As many as the loops show for the work, of the launch that shows most; None: not known."""
-    most = 0.0
-    for row in launches:
-        if "MUFU.EX2" not in row["instructions"]:
-            continue
-        if not row["bounds"] or "FFMA" in row["product_units"]:
-            return None
-        # all of the code, where there is no loop
-        for part in row["bounds"][:-1] or row["bounds"]:
-            done = part["work"]
-            if done["flop"] is None:
-                return None
-            if done["flop"]:
-                most = max(most, done["exponentials"] * work["flop"] / done["flop"])
-            elif done["read_bytes"]:
-                most = max(most, done["exponentials"] * work["read_bytes"] / done["read_bytes"])
-    return most
+    shown = [_shown(work, row) for row in launches if "MUFU.EX2" in row["instructions"]]
+    return None if None in shown else max(shown, default=0.0)
+
+
+def _shown(work, row):
+    """Those of a launch that has some."""
+    bounds = row["bounds"] or []
+    # all of the code, where there is no loop
+    parts = [part["work"] for part in bounds[:-1] or bounds]
+    if "FFMA" in row["product_units"] or any(done["flop"] is None for done in parts):
+        return None
+    unit = "flop" if any(done["flop"] for done in parts) else "read_bytes"
+    most = max((done["exponentials"] / done[unit] for done in parts if done[unit]), default=0.0)
+    return most * work[unit] or None
 
 
 def _microseconds(ms):

@@ -42,8 +42,8 @@ class Probe:
     def unwritten(self):
         """The same content at new addresses, with NaN in what the candidate allocates.
 
-        After stale(): that was right at new addresses too, so it is the NaN that makes a difference.
-        The other way round what is freed here would lie in the memory of the calls there.
+        After stale(), which was right at new addresses too: the NaN makes the difference. The other
+        way round what is freed here would lie in the memory of the calls there.
         """
         with self.adapter.poisoned():
             again = self._new_call()
