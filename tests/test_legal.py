@@ -1,16 +1,9 @@
-"""The oracle blames no legal kernel: a tenth of the bank in turn, and all of it when asked."""
-
-import datetime
-import os
+"""The oracle blames no legal kernel of the bank, whatever the seed of its inputs."""
 
 import pytest
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.bank import legal, measure
-
-# another tenth every day; GAUGEBLOCK_TENTH chooses
-TENTH = int(os.environ.get("GAUGEBLOCK_TENTH", datetime.date.today().toordinal())) % 10
-TODAY = legal.VARIANTS[TENTH::10]
 
 
 def judged(op, variants, seeds, monkeypatch):
@@ -28,25 +21,17 @@ def test_the_bank_is_large_and_covers_every_op():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("op", sorted({v.op for v in TODAY if not v.slow}))
-def test_no_legal_kernel_of_todays_tenth_is_blamed(op, monkeypatch):
-    compared, blamed, broken = judged(op, TODAY, range(1), monkeypatch)
-    assert compared >= 10
-    assert not blamed
-    assert not broken
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("op", CATALOG)
-def test_no_legal_kernel_is_blamed(op, monkeypatch):
-    compared, blamed, broken = judged(op, legal.VARIANTS, range(2), monkeypatch)
-    assert compared > 300
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 3), marks=pytest.mark.slow)])
+def test_no_legal_kernel_is_blamed(op, seeds, monkeypatch):
+    compared, blamed, broken = judged(op, legal.VARIANTS, seeds, monkeypatch)
+    assert compared > 280
     assert not blamed
     assert not broken
 
 
 def test_a_wrong_kernel_among_them_is_blamed(monkeypatch):
-    right = next(v for v in TODAY if v.op == "layer_norm" or v.op == "ffn")
+    right = next(v for v in legal.VARIANTS if v.op == "layer_norm")
 
     def wrong(*inputs, **options):
         return 1.01 * right.fn(*inputs, **options)

@@ -160,13 +160,14 @@ def _cross_entropy(logits, targets, reduction="mean", **options):
     return losses.view(targets.shape) if reduction == "none" else losses
 
 
-def _gelu_ffn(x, w1, b1, w2, b2, activation="gelu_tanh"):
+def _gelu_ffn(x, w1, b1, w2, b2, residual=None, activation="gelu_tanh"):
     z = F.linear(x, w1.T, b1)
     if activation == "relu":
         a = F.relu(z)
     else:
         a = F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return F.linear(a, w2.T, b2)
+    y = F.linear(a, w2.T, b2)
+    return y if residual is None else y + residual
 
 
 def _embedding(tokens, wte, wpe=None, positions=None):

@@ -2,6 +2,8 @@
 
     python -m tests.bank.measure --seeds 4 --out record.json
 
+The exit code is 1 if a legal kernel is blamed or a call could not be run.
+
 Every variant of `legal.VARIANTS` runs on every case of its op, in every dtype and with every seed,
 against one set of exact and legal results. The record holds, for each op, case, dtype and output:
 
@@ -248,7 +250,8 @@ def main():
             "ops": rows, "outputs": summaries,
         }  # fmt: skip
         given.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if blamed or broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
