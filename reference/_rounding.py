@@ -22,6 +22,10 @@ import numpy as np
 from scipy.special import erf
 
 _LOG2E = np.float32(np.log2(np.e))
+# links of a product's chain that are taken one by one
+_LINKS = 256
+# the mean of (half a unit of the last place / x)² over x's mantissa, which is uniform in log x
+_HALF_UNIT_SQUARED = 2.0**-48 * 3 / (8 * np.log(2))
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
 # how far a good implementation may be off, in units of the last place
 _OFF = {
@@ -94,35 +98,45 @@ class Arithmetic:
         self._marks += 1
         return self.stores[(self._marks - 1) % len(self.stores)]
 
-    def parts(self, length):
-        """The indices of the partial sums, in the order in which they are added."""
-        # more than 256 links in the chain change the error little and cost Python time
-        step = max(self.chunk, -(-length // 256))
-        order = self._draw.permutation(length)
-        return [order[start : start + step] for start in range(0, length, step)]
-
     def matmul(self, a, b):
+        """a @ b, its terms in a random order, `chunk` of them at a time.
+
+        Beyond `_LINKS` parts several make a link; what the roundings between them would have added
+        is drawn: each is off by up to half a unit of the last place of the sum so far.
+        """
         if self.operand == "tf32":
             a, b = (tf32(x, cut=self.roads) for x in (a, b))
         if not self.chunk or a.shape[-1] == 0 or a.ndim < 2 or b.ndim < 2:
             return np.matmul(a, b)
-        total, parts = None, self.parts(a.shape[-1])
-        if len(parts) == a.shape[-1]:
-            return _added_one_by_one(a, b, np.concatenate(parts))
-        for part in parts:
+        length = a.shape[-1]
+        order = self._draw.permutation(length)
+        parts = -(-length // (self.chunk * _LINKS))
+        if self.chunk * parts == 1:
+            return _added_one_by_one(a, b, order)
+        total = squares = None
+        for start in range(0, length, self.chunk * parts):
+            part = order[start : start + self.chunk * parts]
             product = np.matmul(a[..., part], b[..., part, :])
             total = product if total is None else total + product
+            if parts > 1:
+                squares = total**2 if squares is None else squares + total**2
+        if parts > 1:
+            variance = (parts - 1) * squares * np.float32(_HALF_UNIT_SQUARED / 3)
+            total += np.sqrt(variance) * self._draw.standard_normal(total.shape, np.float32)
         return total
 
     def sum(self, x, axis=0, keepdims=False):
+        """The sum over axes, its terms in a random order, `chunk` of them at a time."""
         if not self.chunk or x.size == 0:
             return np.add.reduce(x, axis=axis, keepdims=keepdims)
         axes = tuple(range(x.ndim)) if axis is None else np.atleast_1d(axis) % x.ndim
         rest = [a for a in range(x.ndim) if a not in axes]
         columns = x.transpose(*axes, *rest).reshape(-1, *(x.shape[a] for a in rest))
-        total = np.zeros(columns.shape[1:], np.float32)
-        for part in self.parts(len(columns)):
-            total = total + np.add.reduce(columns[part], axis=0)
+        columns = columns[self._draw.permutation(len(columns))]
+        if self.chunk > 1:
+            columns = np.add.reduceat(columns, range(0, len(columns), self.chunk))
+        # accumulate adds one after the other, where reduce may add in pairs
+        total = np.add.accumulate(columns)[-1]
         return np.expand_dims(total, tuple(axes)) if keepdims else total
 
     def apply(self, ufunc, *inputs, **options):

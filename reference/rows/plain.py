@@ -11,6 +11,7 @@ LINEAR = row(
     [
         Case("odd", M=5, K=33, N=17),
         Case("one_row", M=1, K=64, N=48),
+        Case("many_terms", M=3, K=4099, N=5),
         Case("cpu_bench", M=512, K=768, N=768, tags=CPU),
     ],
     outputs={"y": "M N"},
