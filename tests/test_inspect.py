@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from gaugeblock.kernels.inspect.tables import bounds, mix
 from gaugeblock.reference.catalog import CATALOG
 
 from tests.helpers import gaugeblock, python
@@ -344,6 +345,8 @@ def test_what_does_not_compile_is_a_row_that_fails(answers, question, message):
     assert message in row["reason"]
     assert "\n" not in row["reason"]
     assert (row["passed"], row["registers"], row["occupancy"]) == (False, None, None)
+    assert not mix([[row]]).rows
+    assert not bounds([[row]]).rows
 
 
 def test_one_configuration_that_does_not_compile_costs_no_other(answers):

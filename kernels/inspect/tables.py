@@ -51,7 +51,7 @@ def figures(parts, targets):
 
 def mix(parts):
     """Counts of instructions; the targets of a launch stand one above the other."""
-    rows = in_order(parts)
+    rows = [row for row in in_order(parts) if row["instructions"]]
     names = sorted({n: None for row in rows for n in row["instructions"]}, key=place)
     return Table(
         "instructions in the code",
