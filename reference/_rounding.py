@@ -101,8 +101,7 @@ class Arithmetic:
     def matmul(self, a, b):
         """a @ b, its terms in a random order, `chunk` of them at a time.
 
-        Beyond `_LINKS` parts several make a link; what the roundings between them would have added
-        is drawn: each is off by up to half a unit of the last place of the sum so far.
+        Beyond `_LINKS` parts several make a link of the chain.
         """
         if self.operand == "tf32":
             a, b = (tf32(x, cut=self.roads) for x in (a, b))
@@ -113,17 +112,27 @@ class Arithmetic:
         parts = -(-length // (self.chunk * _LINKS))
         if self.chunk * parts == 1:
             return _added_one_by_one(a, b, order)
+        size = self.chunk * parts
+        some = (order[start : start + size] for start in range(0, length, size))
+        return self.chain((np.matmul(a[..., i], b[..., i, :]) for i in some), parts - 1)
+
+    def chain(self, sums, links):
+        """Partial sums, added one after the other in place of a longer chain.
+
+        links: roundings in each that the longer chain makes at the size of the whole sum so far.
+        What they add is drawn; those at the size of the partial sum itself are in it.
+        """
         total = squares = None
-        for start in range(0, length, self.chunk * parts):
-            part = order[start : start + self.chunk * parts]
-            product = np.matmul(a[..., part], b[..., part, :])
-            total = product if total is None else total + product
-            if parts > 1:
-                squares = total**2 if squares is None else squares + total**2
-        if parts > 1:
-            variance = (parts - 1) * squares * np.float32(_HALF_UNIT_SQUARED / 3)
-            total += np.sqrt(variance) * self._draw.standard_normal(total.shape, np.float32)
-        return total
+        for part in sums:
+            before, total = total, part if total is None else total + part
+            if links and before is not None:
+                # the mean square of a sum that grows from the one to the other
+                square = np.maximum(np.multiply(before, total, dtype=np.float64), 0)
+                squares = square if squares is None else np.add(squares, square, out=squares)
+        if squares is None:
+            return total
+        off = np.sqrt(links * _HALF_UNIT_SQUARED / 3 * squares).astype(np.float32)
+        return total + off * self._draw.standard_normal(total.shape, np.float32)
 
     def sum(self, x, axis=0, keepdims=False):
         """The sum over axes, its terms in a random order, `chunk` of them at a time."""
@@ -299,6 +308,16 @@ def rescaled(x):
         return x
     unit = np.float32(x.arithmetic.draw_unit())
     return x * unit / unit
+
+
+def chained(sums, terms):
+    """Sums over blocks of so many terms each, added up as one sum over all of them may be."""
+    first = sums[0]
+    if not isinstance(first, Rounded):
+        return sum(sums)
+    arithmetic = first.arithmetic
+    links = max(terms // arithmetic.chunk - 1, 0) if arithmetic.chunk else 0
+    return arithmetic.array(arithmetic.chain(map(_plain, sums), links))
 
 
 def refinement(x):

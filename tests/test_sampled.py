@@ -38,8 +38,9 @@ CASES = {
     "adamw": [Case("rows", M=900, N=40, values=_values("adamw", "odd"), tags=("bench",), **_ADAMW)],
     "adam": [Case("rows", M=900, N=40, values=_values("adam", "odd"), tags=("bench",), **_ADAMW)],
     "additive_attention": [
-        Case("rows", B=11, Tq=5, Tk=9, C=6, K=7, D=8, A=40, tags=("bench",)),
-        Case("lengths", B=9, Tq=5, Tk=9, C=6, K=7, D=8, A=40, tags=("bench",),
+        # dw is one row: its largest error is that of the whole only if few columns are left out
+        Case("rows", B=11, Tq=5, Tk=9, C=6, K=7, D=8, A=33, tags=("bench",)),
+        Case("lengths", B=9, Tq=5, Tk=9, C=6, K=7, D=8, A=33, tags=("bench",),
              lengths=(9, 1, 2, 3, 4, 5, 6, 7, 8)),
     ],
     "ffn": [

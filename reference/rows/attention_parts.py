@@ -14,6 +14,7 @@ from .._additive_attention import additive_attention, additive_attention_backwar
 from .._attention import attend, key_gradients, score_gradient, visible_keys, weights_again
 from .._paged_attention import paged_attention
 from .._philox import keep_mask
+from .._rounding import chained
 from ..oracle.adapters import Take
 from ..oracle.sampled import Part, blocks, runs_for, spread, taken_in
 
@@ -298,7 +299,11 @@ def additive_attention_parts(inputs, options, dys, rng):
 
     def summed(arithmetic):
         rows = [of_row(b, taken_in(arithmetic)) for b in range(B)]
-        return {f"d{n}": sum(row[f"d{n}"][..., columns] for row in rows) for n in weights}
+        terms = {"w_q": Tq, "w_k": Tk, "w": Tq * Tk}
+        return {
+            f"d{n}": chained([row[f"d{n}"][..., columns] for row in rows], terms[n])
+            for n in weights
+        }
 
     parts = [part(int(b)) for b in spread(B, _GROUPS, rng)]
     if dys is None:

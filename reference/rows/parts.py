@@ -20,7 +20,7 @@ from .._layer_norm import layer_norm, layer_norm_backward
 from .._linear import linear, linear_backward
 from .._philox import keep_mask
 from .._residual_layer_norm import residual_layer_norm, residual_layer_norm_backward
-from .._rounding import stored
+from .._rounding import chained, stored
 from .._sample import sample
 from ..oracle.adapters import Take
 from ..oracle.sampled import ALL_RUNS, Part, blocks, runs_for, spread, taken_in
@@ -52,12 +52,9 @@ def _joined(found):
     return {name: np.concatenate([np.asarray(f[name]) for f in found]) for name in found[0]}
 
 
-def _added(found):
-    """{name: array} of blocks of rows, added."""
-    total = None
-    for values in found:
-        total = values if total is None else {k: total[k] + x for k, x in values.items()}
-    return total
+def _added(found, rows):
+    """{name: array} of sums over blocks of so many rows, added."""
+    return {name: chained([f[name] for f in found], rows) for name in found[0]}
 
 
 def _norm_parts(forward, backward, inputs, options, dys, rng):
@@ -128,7 +125,7 @@ def linear_parts(inputs, options, dys, rng):
         some_dy = take(dy[:, columns])
         for some in blocks(len(x), _BLOCK // x.shape[1]):
             found.append({"dw": take(x[some]).T @ some_dy[some]})
-        return _added(found) | {"db": some_dy.sum(0)}
+        return _added(found, _BLOCK // x.shape[1]) | {"db": some_dy.sum(0)}
 
     runs = runs_for(len(rows) * w.size)
     of_rows = dict.fromkeys(("y", "dx")[: 1 if dy is None else 2], Take(rows))
@@ -173,7 +170,7 @@ def ffn_parts(inputs, options, dys, rng):
             found.append({"dw1": some_x.T @ dz, "dw2": a.T @ some_dy})
             dzs.append({"dz": dz})
         biases = {"db1": take(_joined(dzs)["dz"]).sum(0), "db2": take(dy[:, columns]).sum(0)}
-        return _added(found) | biases
+        return _added(found, _BLOCK // C) | biases
 
     names = ["y", "dx", *(["dresidual"] if residual is not None else [])]
     of_rows = dict.fromkeys(names[:1] if dy is None else names, Take(rows))
@@ -329,9 +326,10 @@ def linear_cross_entropy_parts(inputs, options, dys, rng):
             dlogits = stored(dlogits)
             found.append({"dw": (some_x.T @ dlogits).T})
             all_dlogits.append({"dlogits": dlogits})
+        found = _added(found, _BLOCK // x.shape[1])
         if b is None:
-            return _added(found)
-        return _added(found) | {"db": take(_joined(all_dlogits)["dlogits"]).sum(0)}
+            return found
+        return found | {"db": take(_joined(all_dlogits)["dlogits"]).sum(0)}
 
     takes = {"loss": problem.take} | ({} if dys is None else {"dx": Take(problem.rows)})
     parts = [Part(takes, at_rows, runs=runs_for(len(problem.rows) * w.size))]
