@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 
 import numpy as np
 import torch
@@ -11,6 +12,21 @@ from gaugeblock.reference.oracle.adapters import as_torch
 # input sets that calls go through turn about: none is in a cache, and an answer that is kept from
 # another call is a wrong one
 SETS = 3
+# a tensor set apart begins at one of so many places, these bytes from each other
+_PLACES = 1 << 16
+_PLACE_BYTES = 64
+
+
+def apart(x):
+    """A contiguous copy of a tensor at an address that no tensor before it can be expected to have.
+
+    An allocator gives out again what was freed, so a new tensor may lie where an old one lay, and a
+    function that keeps answers by address would know it.
+    """
+    step = _PLACE_BYTES // x.element_size()
+    room = torch.empty(x.numel() + _PLACES * step, dtype=x.dtype, device=x.device)
+    start = secrets.randbelow(_PLACES) * step
+    return room[start : start + x.numel()].view(x.shape).copy_(x)
 
 
 class InputSets:
@@ -30,21 +46,23 @@ class InputSets:
         ]
         storage = getattr(torch, expectation.storage.name)
         self.dys = [as_torch(torch, np.array(dy)).to(device, storage) for dy in content.dys or ()]
-        self.sets = [self.fresh(0.5**i) for i in range(SETS)]
+        self.sets = [self._copies(0.5**i, torch.clone) for i in range(SETS)]
         lists = {k: v for k, v in expectation.options.items() if isinstance(v, (tuple, list))}
         self.options = expectation.options | {
             k: torch.tensor(v, dtype=torch.int32, device=device) for k, v in lists.items()
         }
 
     def fresh(self, factor=1.0):
-        """The first content, floating values times a factor, at addresses of its own."""
+        """The first content, floating values times a factor, where no call has seen any."""
+        return self._copies(factor, apart)
+
+    def _copies(self, factor, copy):
         copies = []
         for name, x in zip(self.names, self.kept):
-            if x is None:
-                copies.append(None)
-                continue
-            x = x * factor if x.is_floating_point() else x.clone()
-            copies.append(x.requires_grad_(name in self.differentiable))
+            if x is not None:
+                x = copy(x * factor if x.is_floating_point() else x)
+                x.requires_grad_(name in self.differentiable)
+            copies.append(x)
         return copies
 
     def restore(self, factor=1.0):
@@ -89,7 +107,10 @@ class Contender:
         self._capture()
 
     def eager(self, tensors, factor=1.0):
-        """A call on these tensors, without a graph; a backward's output gradients times factor."""
+        """A call on these tensors, without a graph; a backward's output gradients times factor.
+
+        With a factor they lie where no call has seen any.
+        """
         # no closure holds this object, or its memory would wait for the collector
         fn, sets, options = self.fn, self.sets, self.sets.options
         if self.direction == "fwd":
@@ -106,7 +127,8 @@ class Contender:
             if y.requires_grad
         ]
         ys = [y for y, _ in outputs]
-        dys = [dy.to(y.dtype) * factor for y, dy in outputs]
+        copy = torch.clone if factor == 1.0 else apart
+        dys = [copy(dy.to(y.dtype) * factor) for y, dy in outputs]
 
         def backward():
             grads = torch.autograd.grad(ys, leaves, dys, retain_graph=True, allow_unused=True)

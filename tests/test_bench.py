@@ -1,5 +1,6 @@
 """The bench times what is right, and nothing that pretends to be fast."""
 
+import itertools
 import json
 import subprocess
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gaugeblock.benchmarks import bench as bench_module
-from gaugeblock.benchmarks import honesty, roofline, timing
+from gaugeblock.benchmarks import calls, honesty, roofline, timing
 from gaugeblock.benchmarks.bench import bench
 from gaugeblock.benchmarks.gate import Refused, sibling
 from gaugeblock.benchmarks.plan import planned
@@ -24,6 +25,7 @@ from gaugeblock.benchmarks.telemetry import Telemetry, summed_up
 from gaugeblock.kernels.ceilings import copy_gb_s
 from gaugeblock.kernels.worktree import git
 from gaugeblock.reference.catalog import CATALOG
+from gaugeblock.reference.oracle.sampled import expectation_of
 
 from tests.helpers import gaugeblock, python
 
@@ -121,6 +123,54 @@ def test_a_result_cached_by_address_is_refused(timed):
         return kept[key].clone()
 
     assert "new values at the same addresses" in refusal(timed(cached))
+
+
+def test_a_weight_packed_by_address_is_refused(timed):
+    kept = {}
+
+    def packed(x, w, b, eps=1e-5):
+        weight = kept.setdefault(w.data_ptr(), w.clone())
+        return plain(x, weight, b, eps)
+
+    assert "new values at the same addresses" in refusal(timed(packed))
+
+
+def test_a_gradient_cached_by_address_is_refused(timed):
+    kept = {}
+
+    class Cached(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, w, b):
+            ctx.save_for_backward(x, w, b)
+            return plain(x, w, b)
+
+        @staticmethod
+        def backward(ctx, dy):
+            key = dy.data_ptr(), dy.shape, ctx.saved_tensors[0].data_ptr()
+            if key not in kept:
+                leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+                with torch.enable_grad():
+                    kept[key] = torch.autograd.grad(plain(*leaves), leaves, dy)
+            return tuple(t.clone() for t in kept[key])
+
+    def cached(x, w, b, eps=1e-5):
+        return Cached.apply(x, w, b)
+
+    assert "new values at the same addresses" in refusal(timed(cached, direction="bwd"))
+
+
+def test_fresh_inputs_lie_where_none_have_been(monkeypatch):
+    """An allocator gives out again what was freed."""
+    places = itertools.count()
+    monkeypatch.setattr(calls.secrets, "randbelow", lambda n: 997 * next(places))
+    op = CATALOG["layer_norm"]
+    case = next(c for c in op.cases if c.name == "cpu_bench")
+    sets = calls.InputSets(expectation_of(op, case, "float32"), "cpu")
+    seen = set()
+    for _ in range(4):
+        addresses = {t.data_ptr() for t in sets.fresh()}
+        assert len(addresses) == 3 and not addresses & seen
+        seen |= addresses
 
 
 def test_work_left_to_somebody_else_is_refused(timed):
