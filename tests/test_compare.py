@@ -741,10 +741,11 @@ if not pathlib.Path({str(flag)!r}).exists():
     os._exit(3)
 """
     Path("bench_mine.py").write_text(died + Path("bench_mine.py").read_text())
-    code, lines, _ = gate("--no-check", "--gate", "HEAD")
+    _, lines, _ = gate("--no-check", "--gate", "HEAD")
     assert flag.exists()
+    # timed, and as this gate may raise a false alarm, nothing is said of which verdict
     assert lines["fwd"]["verdict"] not in (WRONG, CUT)
-    assert code in (0, 2)
+    assert lines["fwd"]["runs"][0] >= 5
 
 
 @pytest.mark.parametrize(("lacks", "verdict"), [("A", NEW), ("B", MISSING)])
